@@ -1,0 +1,51 @@
+"""quantize_rows(x [M, K] bf16 | fp16 | fp32) -> q int8 [M, K], scale fp32 [M], row_sum int32 [M]."""
+
+from __future__ import annotations
+
+import torch
+
+from ..op import DTYPE_CODES, Cost, pointer
+
+SCHEMA = "(Tensor x) -> (Tensor, Tensor, Tensor)"
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def unwrap(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x,)
+
+
+def check(x: torch.Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"quantize_rows: x has shape {tuple(x.shape)}, expected [M, K]; flatten the leading dimensions")
+    if x.dtype not in DTYPE_CODES:
+        raise ValueError(f"quantize_rows: x is {x.dtype}, expected bfloat16, float16 or float32")
+
+
+def out_like(x: torch.Tensor) -> Outputs:
+    m, k = x.shape
+    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    return q, x.new_empty((m,), dtype=torch.float32), x.new_empty((m,), dtype=torch.int32)
+
+
+def cost(x: torch.Tensor) -> Cost:
+    m, k = x.shape
+    return Cost(flops=3 * m * k, bytes=m * k * (x.element_size() + 1) + 8 * m)
+
+
+def native(out: Outputs, x: torch.Tensor) -> tuple:
+    m, k = x.shape
+    q, scale, row_sum = out
+    return (pointer(x), pointer(q), pointer(scale), pointer(row_sum), m, k, x.stride(0), DTYPE_CODES[x.dtype])
+
+
+def tolerance(x: torch.Tensor) -> dict[str, float]:
+    """Scales to one ulp of fp32; a code may move by one where x / scale is within an ulp of a half."""
+    return {"scale_rtol": 2e-7, "code_atol": 1, "moved_codes": 1e-3}
+
+
+def triton_takes(x: torch.Tensor) -> str | None:
+    return None
+
+
+def cpu_takes(x: torch.Tensor) -> str | None:
+    return None
