@@ -39,7 +39,9 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.float_format is not None:
             if self.float_format not in _FLOAT + _READ_ONLY:
-                raise FormatError(f"unknown float format {self.float_format!r}; known: {', '.join(_FLOAT + _READ_ONLY)}")
+                raise FormatError(
+                    f"unknown float format {self.float_format!r}; known: {', '.join(_FLOAT + _READ_ONLY)}"
+                )
             return
         if self.weight_bits not in (3, 4, 8) or self.act_bits not in (8, 16):
             raise FormatError(f"w{self.weight_bits}a{self.act_bits} is not a spec; examples: {_EXAMPLES}")
