@@ -21,7 +21,7 @@ import torch
 from .spec import FormatError, QuantSpec
 from .tensor import QuantTensor
 
-_CHUNK = 1 << 20  # weights per step: temporaries stay in the cache, and memory stays small for any tensor
+_CHUNK = 1 << 17  # weights per step: temporaries stay in the cache, and memory stays small for any tensor
 
 
 def _row_ranges(rows: int, columns: int) -> Iterator[slice]:
