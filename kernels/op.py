@@ -2,23 +2,29 @@
 
 An op folder holds `contract.py` (what goes in and out), `reference.py`, `gpu.py`, `cpu.cpp`; its `__init__.py` names the
 bodies in the order in which they are asked. A body refuses with a reason and a remedy; when all refuse, one error
-lists every reason. Nothing falls back silently to something slow: the reference runs only when asked for
-(`impl="reference"`). The public face takes a QuantTensor; torch sees tensors and scalars (`torch.ops.percard.<name>`).
+lists every reason. Nothing falls back silently to something slow: the reference, and Triton's interpreter on a CPU,
+run only when asked for (`impl="reference"`). The public face takes a QuantTensor; torch sees tensors and scalars
+(`torch.ops.percard.<name>`, and `torch.ops.percard.<name>.<body>` when a body is asked for by name).
 
-A contract module has, all on the flat arguments of its torch schema:
+Which bodies a device has is settled once, at the first call there. After that a call costs the contract's check and, for
+each body up to the one that serves, one look at what it takes (the packing of the weight, mostly).
+
+A contract module has, all on the flat arguments of its torch schema, whose first is a tensor of M rows:
     SCHEMA        text after the op's name: "(Tensor x, ...) -> Tensor"
-    unwrap(...)   the public arguments -> the flat ones
+    unwrap(...)   the public arguments -> the flat ones; copies what is strided in a way that bodies do not read
     check(...)    raises ValueError with the tensor's name, what it is and what it should be
-    out_like(...) empty outputs, a tensor or a tuple
+    out_like(...) empty outputs, a tensor or a tuple; when M is 0 they are the answer and no body is called
     cost(...)     Cost(flops, bytes)
     native(out, ...) the integers and floats of the C++ function, pointers first
-    tolerance(...) what a body may differ by from the reference
+    tolerance(want, ...) how far, element by element, a body may be from the reference's answer `want`
+    <body>_takes(...) None, or "reason; remedy": what that body does not serve of what `check` lets through
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +37,9 @@ from . import device
 
 _LIBRARY = torch.library.Library("percard", "FRAGMENT")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/ops.h, enum Dtype
+
+Refusal = str | None  # None: serves. Otherwise "reason; remedy"
+Run = Callable[..., Any]
 
 
 class Unsupported(NotImplementedError):
@@ -49,13 +58,32 @@ class Cost:
 class Body:
     """One way to run an op. `packing` is the layout of the weight it reads (formats/layout.py), None without a weight.
 
-    `refuses(*flat)` is None or "reason; remedy"; `load()` imports the body and returns its `run(*flat)`.
+    `absent(device type)` says why this machine cannot run it on such a device; asked once, then remembered.
+    `takes(*flat)` says what it does not serve; asked at every call, so it must be cheap and must not look at data.
+    `load()` imports the body and returns its `run(*flat)`. `by_name_on`: device types where it is too slow to be
+    taken without having been asked for.
     """
 
     name: str
     packing: str | None
-    refuses: Callable[..., str | None]
-    load: Callable[[], Callable[..., Any]]
+    absent: Callable[[str], Refusal]
+    takes: Callable[..., Refusal]
+    load: Callable[[], Run]
+    by_name_on: tuple[str, ...] = ()
+
+    def refuses(self, *flat: Any) -> Refusal:
+        """None, or why this body does not serve these arguments, and what to do."""
+        return self.absent(device_type(flat)) or self.takes(*flat)
+
+
+def device_type(flat: Sequence[Any]) -> str:
+    """Where a call happens: "cpu" or "cuda", by its first tensor."""
+    return next(a.device.type for a in flat if isinstance(a, torch.Tensor))
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last dimension contiguous, copied only if it is not; the stride between rows may be anything."""
+    return x if x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -84,55 +112,50 @@ def native_isa() -> str:
     return native().isa()
 
 
-def cpu_body(name: str, packing: str | None, contract: ModuleType, takes: Callable[..., str | None]) -> Body:
-    """The C++ body of op `name`: any strides along the first dimension, last dimension contiguous.
+def cpu_body(name: str, packing: str | None, contract: ModuleType, takes: Callable[..., Refusal]) -> Body:
+    """The C++ body of op `name`; `takes(*flat)` says what it does not serve, as `Body.takes` does."""
 
-    `takes(*flat)` says what this body does not serve, as `Body.refuses` does.
-    """
-
-    def refuses(*flat: Any) -> str | None:
-        where = _device_type(flat)
+    def absent(where: str) -> Refusal:
         if where != "cpu":
             return f"serves tensors on a CPU, these are on {where}; use the triton body"
         try:
             native()
         except Unsupported as error:
             return str(error)
-        return takes(*flat)
+        return None
 
-    def load() -> Callable[..., Any]:
+    def load() -> Run:
         function = getattr(native(), name)
 
         def run(*flat: Any) -> Any:
-            flat = tuple(_last_dim_contiguous(a) if isinstance(a, torch.Tensor) else a for a in flat)
             out = contract.out_like(*flat)
             function(*contract.native(out, *flat))
             return out
 
         return run
 
-    return Body("cpu", packing, refuses, load)
+    return Body("cpu", packing, absent, takes, load)
 
 
-def triton_body(module: str, packing: str | None, takes: Callable[..., str | None]) -> Body:
-    """The Triton body in `module` (a gpu.py with `run(*flat)`); on a CPU it runs only under Triton's interpreter."""
+def triton_body(module: str, packing: str | None, takes: Callable[..., Refusal]) -> Body:
+    """The Triton body in `module` (a gpu.py with `run(*flat)`); on a CPU it runs by name only, in Triton's interpreter."""
 
-    def refuses(*flat: Any) -> str | None:
-        where = _device_type(flat)
+    def absent(where: str) -> Refusal:
         if where == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "needs a CUDA card; on a CPU set TRITON_INTERPRET=1 to test it, or use the cpu body"
+        if where not in ("cpu", "cuda"):
+            return f"serves tensors on a CUDA card, these are on {where}; move them"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; pip install triton"
-        if where == "cuda" and (reason := device.lacks_tensor_cores()):
-            return reason
-        return takes(*flat)
+        return device.lacks_tensor_cores() if where == "cuda" else None
 
-    return Body("triton", packing, refuses, lambda: importlib.import_module(module).run)
+    return Body("triton", packing, absent, takes, lambda: importlib.import_module(module).run, by_name_on=("cpu",))
 
 
-def reference_body(run: Callable[..., Any], packing: str | None) -> Body:
+def reference_body(run: Run, packing: str | None, takes: Callable[..., Refusal] | None = None) -> Body:
     """The plain torch body: exact and slow, so it serves only when asked for by name."""
-    return Body("reference", packing, lambda *flat: None, lambda: run)
+    takes = takes or (lambda *flat: None)
+    return Body("reference", packing, lambda where: None, takes, lambda: run, by_name_on=("cpu", "cuda"))
 
 
 class Op:
@@ -140,20 +163,28 @@ class Op:
 
     def __init__(self, name: str, contract: ModuleType, bodies: Sequence[Body]):
         self.name, self.contract, self.bodies = name, contract, tuple(bodies)
-        self._runs: dict[str, Callable[..., Any]] = {}
-        _LIBRARY.define(f"{name}{contract.SCHEMA}")
-        _LIBRARY.impl(name, self._serve, "CPU")
-        _LIBRARY.impl(name, self._serve, "CUDA")
-        torch.library.register_fake(f"percard::{name}", contract.out_like, lib=_LIBRARY)
-        self.torch_op = getattr(torch.ops.percard, name).default
+        self._runs: dict[str, Run] = {}
+        self._ready: dict[str, tuple[tuple[Callable[..., Refusal], Run], ...]] = {}
+        self.torch_op = self._register("", self._serve)
+        self._torch_ops = {b.name: self._register(f".{b.name}", functools.partial(self._serve_by, b)) for b in bodies}
+
+    def _register(self, overload: str, serve: Run) -> Any:
+        """Makes torch know the op (or one body of it, as an overload): schema, CPU and CUDA, shapes for compilers."""
+        qualified = f"{self.name}{overload}"
+        _LIBRARY.define(f"{qualified}{self.contract.SCHEMA}")
+        _LIBRARY.impl(qualified, serve, "CPU")
+        _LIBRARY.impl(qualified, serve, "CUDA")
+        torch.library.register_fake(f"percard::{qualified}", self.contract.out_like, lib=_LIBRARY)
+        return getattr(getattr(torch.ops.percard, self.name), overload[1:] or "default")
 
     def __call__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> Any:
-        """Checks, picks the first body that does not refuse (or the one named by `impl`), runs it."""
+        """Checks, takes the first body that does not refuse (or the one named by `impl`), runs it."""
         flat = self.contract.unwrap(*args, **kwargs)
         if impl is None:
             return self.torch_op(*flat)
-        self.contract.check(*flat)
-        return self.run_of(self.pick(*flat, impl=impl))(*flat)
+        if impl not in self._torch_ops:
+            self.body(impl)  # raises, naming those there are
+        return self._torch_ops[impl](*flat)
 
     def body(self, name: str) -> Body:
         """The body of that name; ValueError lists those there are."""
@@ -162,7 +193,7 @@ class Op:
                 return body
         raise ValueError(f"{self.name} has no body {name!r}; it has {', '.join(b.name for b in self.bodies)}")
 
-    def run_of(self, body: Body) -> Callable[..., Any]:
+    def run_of(self, body: Body) -> Run:
         """`run(*flat)` of a body, imported at its first use."""
         if body.name not in self._runs:
             self._runs[body.name] = body.load()
@@ -171,51 +202,69 @@ class Op:
     def pick(self, *flat: Any, impl: str | None = None) -> Body:
         """The body that serves these arguments; Unsupported lists all refusals."""
         asked = self.bodies if impl is None else (self.body(impl),)
-        refusals = []
+        where, refusals = device_type(flat), []
         for body in asked:
-            if body.name == "reference" and impl is None:
-                refusals.append(f"{body.name}: slow, runs only when asked for with impl='reference'")
-                continue
             reason = body.refuses(*flat)
+            if reason is None and impl is None and where in body.by_name_on:
+                reason = f"slow on {where}, runs only when asked for with impl={body.name!r}"
             if reason is None:
                 return body
             refusals.append(f"{body.name}: {reason}")
         raise Unsupported(f"{self.name}: no body serves this call: " + " | ".join(refusals))
 
-    def body_on(self, device_type: str, impl: str | None = None) -> Body:
-        """The body that a device would take at load time, before there are tensors (for packing a weight)."""
-        if impl is not None:
-            return self.body(impl)
-        wanted = "triton" if device_type == "cuda" else "cpu"
-        return next((b for b in self.bodies if b.name == wanted), self.body("reference"))
+    def body_on(self, where: str, impl: str | None = None) -> Body:
+        """The body that a device type takes at load time, before there are tensors: its `packing` is the weight's.
+
+        Unsupported, with every reason, when this machine has none; `impl` names one and is held to the same.
+        """
+        refusals = []
+        for body in self.bodies if impl is None else (self.body(impl),):
+            reason = body.absent(where)
+            if reason is None and impl is None and where in body.by_name_on:
+                reason = f"slow on {where}, runs only when asked for with impl={body.name!r}"
+            if reason is None:
+                return body
+            refusals.append(f"{body.name}: {reason}")
+        raise Unsupported(f"{self.name}: no body serves {where}: " + " | ".join(refusals))
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """A line per body: serves, or why it refuses. Never raises for a refusal."""
         flat = self.contract.unwrap(*args, **kwargs)
-        lines, served = [], False
+        where, lines, served = device_type(flat), [], False
         for body in self.bodies:
             reason = body.refuses(*flat)
-            if body.name == "reference":
-                word = "only when asked for (impl='reference')"
-            elif reason is None:
-                word, served = ("stands by" if served else "serves"), True
-            else:
+            if reason is not None:
                 word = f"refuses: {reason}"
+            elif where in body.by_name_on:
+                word = f"only when asked for (impl={body.name!r})"
+            else:
+                word, served = ("stands by" if served else "serves"), True
             lines.append(f"{self.name:16} {body.name:10} {word}")
         return "\n".join(lines)
 
     def _serve(self, *flat: Any) -> Any:
-        """What torch calls. Which body it is was settled by the device and the packing of the weight at load."""
+        """What torch calls: check, then the first body of this device that takes the arguments."""
         self.contract.check(*flat)
-        return self.run_of(self.pick(*flat))(*flat)
+        first = flat[0]
+        if first.shape[0] == 0:
+            return self.contract.out_like(*flat)
+        where = "cpu" if first.is_cpu else "cuda"
+        for takes, run in self._ready.get(where) or self._settle(where):
+            if takes(*flat) is None:
+                return run(*flat)
+        return self.run_of(self.pick(*flat))(*flat)  # raises, with every reason
+
+    def _serve_by(self, body: Body, *flat: Any) -> Any:
+        """What torch calls when the body was named."""
+        self.contract.check(*flat)
+        self.pick(*flat, impl=body.name)
+        return self.contract.out_like(*flat) if flat[0].shape[0] == 0 else self.run_of(body)(*flat)
+
+    def _settle(self, where: str) -> tuple[tuple[Callable[..., Refusal], Run], ...]:
+        """The bodies that a device type has without asking, loaded, in their order; remembered."""
+        there = [b for b in self.bodies if where not in b.by_name_on and b.absent(where) is None]
+        self._ready[where] = tuple((b.takes, self.run_of(b)) for b in there)
+        return self._ready[where]
 
     def __repr__(self) -> str:
         return f"Op({self.name}: {' > '.join(b.name for b in self.bodies)})"
-
-
-def _device_type(flat: Sequence[Any]) -> str:
-    return next(a.device.type for a in flat if isinstance(a, torch.Tensor))
-
-
-def _last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()

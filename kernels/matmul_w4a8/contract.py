@@ -1,0 +1,198 @@
+"""matmul_w4a8(xq int8 [M, K], sx fp32 [M], xsum int32 [M], w: QuantTensor [N, K], bias, out_dtype) -> [M, N]."""
+
+from __future__ import annotations
+
+import torch
+
+from ...formats.tensor import QuantTensor
+from ..op import DTYPE_CODES, Cost, pointer, rows_contiguous
+from ..weight import (
+    check_bias,
+    check_per_row,
+    check_place,
+    check_rows,
+    check_weight,
+    expect_spec,
+    fp32_bias,
+    ulp,
+    values,
+    weight_bytes,
+    wrong_packing,
+)
+
+OP = "matmul_w4a8"
+SCHEMA = (
+    "(Tensor xq, Tensor sx, Tensor xsum, Tensor w, Tensor scale, Tensor? bias, int n, int k, int group, str packing,"
+    " ScalarType out_dtype) -> Tensor"
+)
+MAX_K = 132104  # one limit for all int8 ops; here even 127 * 15 * K stays far below 2^31
+
+Flat = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int, str,
+    torch.dtype,
+]  # fmt: skip
+
+
+def unwrap(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: QuantTensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Flat:
+    """`group` of the flat form is always a number of weights: K when a row has one scale."""
+    expect_spec(OP, w, bits=4, symmetric_only=True, rows_only=False)
+    n, k = w.shape
+    rows = (rows_contiguous(xq), sx.contiguous(), xsum.contiguous())
+    return *rows, w.data, w.scale, fp32_bias(bias), n, k, w.spec.group or k, w.packing, out_dtype
+
+
+def check(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> None:
+    if xq.dtype != torch.int8:
+        raise ValueError(
+            f"{OP}: xq is {xq.dtype}, expected int8; quantize_rows makes it, or call kernels.linear.linear"
+        )
+    if k > MAX_K:
+        raise ValueError(
+            f"{OP}: K is {k}, expected at most {MAX_K}, where int32 sums are safe; split the layer along K"
+        )
+    if out_dtype not in DTYPE_CODES:
+        raise ValueError(f"{OP}: out_dtype is {out_dtype}, expected bfloat16, float16 or float32")
+    check_rows(OP, xq, k, "xq")
+    check_per_row(OP, "sx", sx, torch.float32, xq.shape[0])
+    check_per_row(OP, "xsum", xsum, torch.int32, xq.shape[0])
+    check_weight(OP, w, scale, None, n, k, group, packing)
+    check_bias(OP, bias, n)
+    check_place(OP, xq, sx=sx, xsum=xsum, w=w, scale=scale, bias=bias)
+
+
+def out_like(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return torch.empty((xq.shape[0], n), dtype=out_dtype, device=xq.device)
+
+
+def cost(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> Cost:
+    m = xq.shape[0]
+    return Cost(flops=2 * m * n * k, bytes=m * (k + 8 + n * out_dtype.itemsize) + weight_bytes(w, scale, None, bias))
+
+
+def native(
+    out: torch.Tensor,
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> tuple[int, ...]:
+    pointers = (pointer(xq), pointer(sx), pointer(w), pointer(scale), pointer(bias), pointer(out))
+    return (*pointers, xq.shape[0], n, k, group, xq.stride(0), DTYPE_CODES[out_dtype], pointer(xsum))
+
+
+def tolerance(
+    want: torch.Tensor,
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Sums of a group are exact; over G groups any order of fp32 adds errs by at most (G + 4) * 2^-24 of the terms."""
+    terms = sx.abs()[:, None] * (xq.float().abs() @ values(w, scale, None, group).abs().T)
+    bound = ulp(want) + (-(-k // group) + 4) * 2.0**-24 * terms
+    return bound if bias is None else bound + 2.0**-22 * bias.abs()
+
+
+def triton_takes(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> str | None:
+    return wrong_packing(packing, "planes8_w4")
+
+
+def cpu_takes(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> str | None:
+    return wrong_packing(packing, "rows16_k4_w4")
+
+
+def reference_takes(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> str | None:
+    return wrong_packing(packing, "plain")
