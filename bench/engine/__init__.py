@@ -1,0 +1,72 @@
+"""The engine: the decode loop that FP16 and quantised models both run through.
+
+    model = load("out/w4a16", head="int8-row")                 a checkpoint, 16-bit or quantised
+    model = load("shape:qwen3-8b", spec=QuantSpec.parse("w4a16-g128"))    synthetic weights at true shapes
+    model.generate([[1, 2, 3]], max_new=64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ...formats.checkpoint import Checkpoint
+from ...formats.spec import FormatError, QuantSpec
+from .. import card
+from . import rope, weights
+from .cache import Cache
+from .config import Config, load_config, parse_config, shape_names
+from .model import HEADS, Model
+from .weights import RealSource, SyntheticSource
+
+__all__ = ["HEADS", "Cache", "Config", "Model", "load", "load_config", "shape_names"]
+
+
+@torch.inference_mode()
+def load(
+    source: str | Path,
+    *,
+    spec: QuantSpec | None = None,
+    dtype: torch.dtype | None = None,
+    layers: int | None = None,
+    head: str = "16bit",
+    impl: str | None = None,
+    seed: int = 0,
+    max_len: int = 4096,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """The model in folder `source`, or synthetic weights of `shape:<name>`.
+
+    `spec` rounds 16-bit linears at load (the head keeps 16 bits unless `head="int8-row"`); a quantised checkpoint
+    brings its own. `dtype` of activations and 16-bit weights: the config's by default. `layers` runs the first so many
+    blocks. `impl` names the body of every op, None = the first that serves. `max_len` tokens per sequence at most
+    (never above the model's context). `progress(done, blocks)`. FormatError for anything that cannot be read.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head {head!r} is not known; known: {', '.join(HEADS)}")
+    synthetic = str(source).startswith("shape:")
+    where = torch.device(device) if device is not None else card.default_device()
+    checkpoint = None
+    if synthetic:
+        config = load_config(source)
+    else:
+        checkpoint = Checkpoint.open(Path(source))
+        config = parse_config(checkpoint.config, Path(source).resolve().name, str(Path(source) / "config.json"))
+    if layers is not None:
+        if not 1 <= layers <= config.layers:
+            raise FormatError(f"{source}: layers={layers} is outside 1 .. {config.layers}")
+        config = replace(config, layers=layers)
+    dtype = config.dtype if dtype is None else dtype
+    if checkpoint is None:
+        origin: RealSource | SyntheticSource = SyntheticSource(dtype, where, spec, seed)
+    else:
+        origin = RealSource(checkpoint, dtype, where, spec)
+        spec = origin.main_spec
+    held = weights.build(config, origin, dtype=dtype, device=where, impl=impl, progress=progress)
+    cos, sin = rope.tables(config.rope, config.head_dim, min(max_len, config.context), dtype, where)
+    model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), synthetic, cos, sin)
+    return model.with_head(head)

@@ -1,0 +1,239 @@
+"""One decoder block and the head as plain functions over a frozen record of tensors.
+
+FP16 and quantised runs take this very path; they differ in the weights handed to `kernels.linear.linear` (a tensor or
+a QuantTensor) and in nothing else. Shapes: B batch, T new tokens, S cached length, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from ...formats.spec import QuantSpec
+from ...kernels.linear import linear
+from . import weights as weights_module
+from .cache import Cache
+from .config import Config
+from .rope import rotate
+from .sampling import Sampler
+from .weights import Block, Weights
+
+HEADS = ("16bit", "int8-row")
+# (q [B,T,H,D], k [B,T,kv_heads,D], v, layer) -> [B,T,H*D]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def block(
+    x: torch.Tensor, b: Block, config: Config, layer: int, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+) -> torch.Tensor:
+    """One decoder block, x [B, T, hidden] -> the same shape (x itself, changed in place)."""
+    batch, new, _ = x.shape
+    qk_heads, eps = config.heads + config.kv_heads, config.norm_eps
+    qkv = linear(F.rms_norm(x, (config.hidden,), b.input_norm, eps), b.qkv, b.qkv_bias)
+    qkv = qkv.view(batch, new, qk_heads + config.kv_heads, config.head_dim)
+    qk, v = qkv[:, :, :qk_heads], qkv[:, :, qk_heads:]
+    if b.qk_norm is not None:
+        qk = F.rms_norm(qk, (config.head_dim,), None, eps) * b.qk_norm
+    qk = rotate(qk, cos, sin)
+    mixed = attend(qk[:, :, : config.heads], qk[:, :, config.heads :], v, layer)
+    x += linear(mixed, b.o, b.o_bias)
+
+    gate_up = linear(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.gate_up, b.gate_up_bias)
+    gate, up = gate_up[..., : config.ffn], gate_up[..., config.ffn :]
+    x += linear(F.silu(gate).mul_(up), b.down, b.down_bias)
+    return x
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    """Attention of T tokens to themselves and those before, [B, T, H, D] -> [B, T, H*D]. Padding must be on the right."""
+    grouped = q.shape[2] != k.shape[2]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def _prefill_into(cache: Cache) -> Attend:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        new = k.shape[1]
+        cache.keys[layer, :, :new] = k
+        cache.values[layer, :, :new] = v
+        return causal(q, k, v)
+
+    return attend
+
+
+def _step_into(cache: Cache, device: torch.device) -> Attend:
+    """One new token per sequence at its own position. Equal lengths need no mask and no scatter."""
+    length, batch = max(cache.lengths), cache.batch
+    equal = length == min(cache.lengths)
+    if not equal:
+        at = torch.tensor(cache.lengths, device=device)
+        slots = at + torch.arange(batch, device=device) * cache.room
+        mask = (torch.arange(length + 1, device=device) <= at[:, None])[:, None, None]  # [B, 1, 1, S]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        for pages, new in ((cache.keys[layer], k), (cache.values[layer], v)):
+            if equal:
+                pages[:, length] = new[:, 0]
+            else:
+                pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, new[:, 0])
+        keys = cache.keys[layer, :, : length + 1].transpose(1, 2)  # [B, kv_heads, S, D]
+        values = cache.values[layer, :, : length + 1].transpose(1, 2)
+        # The query heads of one key head stand as its rows: one pass over the cache serves the whole group.
+        rows = q.reshape(batch, keys.shape[1], -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=None if equal else mask)
+        return out.reshape(batch, 1, -1)
+
+    return attend
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder that is ready to run. Build it with `bench.engine.load`.
+
+    `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
+    `cos` and `sin` are rope tables [max_len, 1, D].
+    """
+
+    config: Config
+    weights: Weights
+    dtype: torch.dtype
+    device: torch.device
+    spec: QuantSpec | None
+    head: str
+    impl: str | None
+    source: str
+    synthetic: bool
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, the embedding and the head included."""
+        return self.weights.nbytes
+
+    @property
+    def max_len(self) -> int:
+        """Longest sequence that the rope tables cover."""
+        return self.cos.shape[0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of this model's figures must know."""
+        return self.weights.notes
+
+    @torch.inference_mode()
+    def with_head(self, head: str) -> Model:
+        """The same blocks with a head "int8-row"; from a 16-bit head only."""
+        if head not in HEADS:
+            raise ValueError(f"head {head!r} is not known; known: {', '.join(HEADS)}")
+        if head == self.head:
+            return self
+        if head == "16bit":
+            raise ValueError("the 16-bit head is gone; load the model with head='16bit' and take with_head('int8-row')")
+        held = weights_module.int8_head(self.weights, self.config, self.dtype, self.impl)
+        return replace(self, weights=held, head=head)
+
+    @torch.inference_mode()
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Normed last hidden state [B, T, hidden] of ids int64 [B, T], without a cache."""
+        return self._run(ids, 0, causal)
+
+    @torch.inference_mode()
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [..., V] of hidden states [..., hidden]."""
+        return linear(hidden, self.weights.head).float()
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """fp32 logits [B, T, V] of ids int64 [B, T], right-padded to T; rows past a sequence's length are zero."""
+        out = self.head_logits(self.hidden(ids))
+        for row, length in zip(out, lengths or (), strict=False):
+            row[length:] = 0
+        return out
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of `length` tokens, prompt and answer together."""
+        if length > self.max_len:
+            raise ValueError(f"length {length} is above this model's {self.max_len}; load it with max_len={length}")
+        return Cache.new(self.config, batch, length, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Fills an empty cache with right-padded prompts int64 [B, T]; fp32 logits [B, V] after each prompt's end."""
+        batch, width = ids.shape
+        lengths = [width] * batch if lengths is None else [int(n) for n in lengths]
+        if batch != cache.batch or any(cache.lengths):
+            raise ValueError(f"prefill of {batch} prompts needs an empty cache of {batch}; rewind it or make a new one")
+        if len(lengths) != batch or not all(1 <= n <= width for n in lengths):
+            raise ValueError(f"lengths {lengths} do not fit {batch} prompts of at most {width} tokens, at least 1 each")
+        cache.need(width)
+        hidden = self._run(ids, 0, _prefill_into(cache))
+        cache.lengths = list(lengths)
+        ends = torch.tensor(lengths, device=self.device) - 1
+        return self.head_logits(hidden[torch.arange(batch, device=self.device), ends])
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """One token int64 [B] per sequence -> fp32 logits [B, V] for the next; the cache grows by one."""
+        cache.need(1)
+        hidden = self._run(tokens[:, None], cache.lengths, _step_into(cache, self.device))
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return self.head_logits(hidden[:, 0])
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Up to `max_new` new ids per prompt, without the id that ended it. `stop` None = the model's end-of-text ids."""
+        stop = self.config.eos if stop is None else tuple(stop)
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("a prompt has no token; give at least one")
+        if (worst := max(max(p) for p in prompts)) >= self.config.vocab:
+            raise ValueError(f"token {worst} is outside the vocabulary of {self.config.vocab}; is it another tokenizer?")
+        lengths = [len(p) for p in prompts]
+        padded = [list(p) + [0] * (max(lengths) - len(p)) for p in prompts]
+        cache = self.new_cache(len(prompts), max(lengths) + max_new)
+        sampler = Sampler(len(prompts), temperature, top_p, seed)
+        logits = self.prefill(torch.tensor(padded, device=self.device), cache, lengths)
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for index in range(max_new):
+            tokens = sampler(logits)
+            for b, token in enumerate(tokens.tolist()):
+                if b in running and token in stop:
+                    running.discard(b)
+                elif b in running:
+                    answers[b].append(token)
+            if not running or index + 1 == max_new:
+                break
+            logits = self.step(tokens, cache)
+        return answers
+
+    def _run(self, ids: torch.Tensor, position: int | list[int], attend: Attend) -> torch.Tensor:
+        """All blocks and the last norm over ids [B, T] that start at `position`, one for all or one per sequence."""
+        new = ids.shape[1]
+        if isinstance(position, list) and min(position) == max(position):
+            position = position[0]
+        last = (position if isinstance(position, int) else max(position)) + new
+        if last > self.max_len:
+            raise ValueError(f"{last} tokens are above this model's {self.max_len}; load it with max_len={last}")
+        if isinstance(position, int):
+            cos, sin = self.cos[position : position + new], self.sin[position : position + new]  # [T, 1, D]
+        else:
+            at = torch.tensor(position, device=self.device)
+            cos, sin = self.cos[at, None], self.sin[at, None]  # [B, 1, 1, D]
+        x = F.embedding(ids.to(self.device), self.weights.embedding)
+        for layer, weights in enumerate(self.weights.blocks):
+            x = block(x, weights, self.config, layer, cos, sin, attend)
+        return F.rms_norm(x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)
