@@ -181,6 +181,10 @@ class Op:
         """Checks, takes the first body that does not refuse (or the one named by `impl`), runs it."""
         flat = self.contract.unwrap(*args, **kwargs)
         if impl is None:
+            first = flat[0]
+            # torch's dispatcher costs as much as all else here. Only tracing and autograd need to see the op.
+            if type(first) is torch.Tensor and not (first.requires_grad or torch.compiler.is_compiling()):
+                return self._serve(*flat)
             return self.torch_op(*flat)
         if impl not in self._torch_ops:
             self.body(impl)  # raises, naming those there are

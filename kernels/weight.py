@@ -5,18 +5,23 @@ Packings are those of formats/layout.py: K is padded to 128 codes, N to the rows
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from ..formats.layout import PACKINGS, padded_shape
+from ..formats.spec import GROUPS
 from ..formats.tensor import QuantTensor
 
-PAD_K = 128
-PAD_N = {"rows8": 64, "planes8_w4": 64, "planes16_w4": 64, "rows16_k4_w4": 16, "rows16_k4_w8": 16}
-CODES_PER_BYTE = {"rows8": 1, "planes8_w4": 2, "planes16_w4": 2, "rows16_k4_w4": 2, "rows16_k4_w8": 1}
 
-
-def padded(size: int, multiple: int) -> int:
-    """`size` rounded up."""
-    return -(-size // multiple) * multiple
+@functools.cache
+def packed_size(n: int, k: int, group: int, packing: str) -> tuple[int, int, int]:
+    """(bytes of data, rows of scale, columns of scale) of a weight [n, k] in a packing; KeyError if there is none such."""
+    if packing not in PACKINGS:
+        raise KeyError(packing)
+    rows, columns = padded_shape((n, k), packing)
+    codes_per_byte = 2 if packing.endswith("w4") else 1
+    return rows * columns // codes_per_byte, 1 if group == k else columns // group, rows
 
 
 def expect_spec(op: str, w: QuantTensor, bits: int, symmetric_only: bool, rows_only: bool) -> None:
@@ -41,35 +46,38 @@ def check_weight(
     """ValueError unless w, scale and zero have the sizes that `packing` gives a weight [n, k]."""
     if n < 1 or k < 1:
         raise ValueError(f"{op}: the weight is [{n}, {k}], expected at least one row and one column")
-    groups = -(-k // group) if group > 0 else 0
-    if group < 32 and group != k:
-        raise ValueError(f"{op}: group is {group}, expected 32 or more; requantise, or repeat the scales to a row")
+    if group != k and (group not in GROUPS or k % group):
+        raise ValueError(f"{op}: group is {group}, expected K = {k} or a divisor of it out of {GROUPS}; requantise")
     if packing == "plain":
-        if not scale.is_floating_point():
-            raise ValueError(f"{op}: scale is {scale.dtype}, expected a float dtype")
         if w.dtype != torch.int8 or w.shape != (n, k):
             raise ValueError(f"{op}: w is {w.dtype} {tuple(w.shape)}, expected int8 {(n, k)} for packing plain")
-        rows, columns = n, groups
+        if not scale.is_floating_point():
+            raise ValueError(f"{op}: scale is {scale.dtype}, expected a float dtype")
+        rows, columns = n, k // group
     else:
-        if packing not in PAD_N:
-            raise ValueError(f"{op}: packing {packing!r} is unknown, expected plain or one of {', '.join(PAD_N)}")
-        columns, rows = padded(n, PAD_N[packing]), groups
-        size = columns * padded(k, PAD_K) // CODES_PER_BYTE[packing]
+        if packing not in PACKINGS:
+            raise ValueError(f"{op}: packing {packing!r} is unknown, expected plain or one of {', '.join(PACKINGS)}")
+        size, rows, columns = packed_size(n, k, group, packing)
         if w.numel() * w.element_size() != size:
             found = f"{w.numel() * w.element_size()} bytes"
             raise ValueError(
                 f"{op}: w holds {found}, expected {size} for [{n}, {k}] packed as {packing}; pack it again"
             )
-        if scale.dtype != torch.float32 and (scale.dtype != torch.int32 or packing != "planes16_w4"):
+        if scale.dtype != torch.float32:
             raise ValueError(f"{op}: scale is {scale.dtype}, expected float32 in packing {packing}; pack it again")
-    if scale.ndim != 2 or scale.shape[0] < rows or scale.shape[1] != columns:
+    if scale.shape != (rows, columns) and not (group == k and scale.ndim == 2 and _is_padded(scale, columns, packing)):
         raise ValueError(
-            f"{op}: scale has shape {tuple(scale.shape)}, expected {(rows, columns)} for group {group}, {packing}"
+            f"{op}: scale has shape {tuple(scale.shape)}, expected {(rows, columns)} for group {group} in packing {packing}"
         )
     if zero is not None and (zero.dtype != torch.int8 or zero.shape != scale.shape):
         raise ValueError(f"{op}: zero is {zero.dtype} {tuple(zero.shape)}, expected int8 {tuple(scale.shape)}")
     if not (w.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous())):
         raise ValueError(f"{op}: w, scale or zero is not contiguous; call .contiguous() once at load")
+
+
+def _is_padded(scale: torch.Tensor, columns: int, packing: str) -> bool:
+    """A spec that names a group as long as K packs further rows of scales behind the first; they belong to padding."""
+    return packing != "plain" and scale.shape[1] == columns and scale.shape[0] > 1
 
 
 def check_rows(op: str, x: torch.Tensor, k: int, name: str = "x") -> None:
