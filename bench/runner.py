@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .folder import (
     MANIFEST,
@@ -35,47 +35,34 @@ from .folder import (
     replace,
     timestamp,
 )
-from .worker import Outcome, Worker
+from .worker import Worker, WorkerLike
 
 SHARE = 0.95  # of the minutes are for stages; the rest is the reserve
-FULL_SECONDS = 570.0  # what the stages of the full list sum to, at ten minutes
 SHORT_MINUTES = 3.0  # below it only the essential stages run
 MARGIN = 1.3
 LEAST_TIMEOUT_S, TIMEOUT_FACTOR = 20.0, 5.0
 DONE, ERROR, BAD_INPUT, RED, CUT, INTERRUPTED = 0, 1, 2, 4, 5, 130
-# Rows with these words are not measured again; `retry` leaves only the first three.
-_SETTLED = ("ok", "absent", "refused", "failed", "timeout", "oom", "suspect")
-
-
-class WorkerLike(Protocol):
-    """What the runner needs of worker.Worker; tests hand in one that moves a fake clock."""
-
-    def run(
-        self,
-        task: str,
-        arguments: Mapping[str, Any],
-        timeout: float,
-        on_row: Callable[[dict[str, Any]], None],
-        stop: Callable[[], bool],
-    ) -> Outcome: ...
-
-    def close(self) -> None: ...
+# Rows with these words are not measured again; `retry` leaves the failures out.
+_FAILURES = ("failed", "timeout", "oom")
+_SETTLED = ("ok", "absent", "refused", "suspect", *_FAILURES)
 
 
 @dataclass(frozen=True)
 class Cell:
     """One task of a stage: `task` "package.module:function" with JSON `arguments`, `seconds` predicted.
 
-    `row` is what its row says even when it never ran, and with the machine it is the identity of the row (its key).
-    A function that gives several rows gives its own row, the one that adds nothing to `row`'s identity, last.
-    Cells of one `kind` share the correction of their predictions.
+    `identity` makes the measurement what it is: with the machine it is the key of the cell's row, and a row with that
+    key is not measured again. `row` is what the row says even when the cell never ran. A function that gives several
+    rows names all but the last with "part", which joins the identity. Cells of one `kind` share the correction of
+    their predictions.
     """
 
     name: str
     task: str
     arguments: Mapping[str, Any]
     seconds: float
-    row: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    row: Mapping[str, Any] = field(default_factory=dict)
     kind: str = ""
 
 
@@ -119,10 +106,6 @@ class Run:
     def left(self) -> float:
         """Seconds until this stage must end."""
         return self.deadline - self.runner.now()
-
-    def stopped(self) -> bool:
-        """True when the run is to end at once: a signal, or a lost card."""
-        return self.runner.stopped is not None
 
     def say(self, text: str) -> None:
         """One line of progress."""
@@ -171,7 +154,7 @@ class Runner:
         self.say = say or _say
         self._identity, self._device, self._env = dict(identity), device, dict(env or {})
         self._complete, self._report, self._probe = complete, report, probe
-        self._settled_words = _SETTLED[:3] if retry else _SETTLED
+        self._settled_words = _SETTLED[:4] if retry else _SETTLED
         self._make_worker = make_worker
         self._workers: list[WorkerLike] = []
         self._correction: dict[str, float] = {}
@@ -286,11 +269,9 @@ class Runner:
 
     # Cells --------------------------------------------------------------------------------------------------------
 
-    def key(self, row: Mapping[str, Any]) -> str:
-        """sha256 over the identity of a row and the machine: the same measurement has the same key in any run."""
-        names = ("level", "case", "shape", "scheme", "model", "body", "clock", "code")
-        identity = {name: row[name] for name in names if name in row}
-        return cell_key({"schema": SCHEMA, "machine": self._identity, **identity})
+    def key(self, cell: Cell, part: str = "") -> str:
+        """sha256 over a cell's identity and the machine: the same measurement has the same key in any run."""
+        return cell_key({"schema": SCHEMA, "machine": self._identity, "part": part, **cell.identity})
 
     def run_cells(self, run: Run, cells: Sequence[Cell], into: str, workers: int) -> None:
         """See Run.cells."""
@@ -299,13 +280,14 @@ class Runner:
             run.files.append(into)
         waiting: queue.SimpleQueue[tuple[int, Cell, str]] = queue.SimpleQueue()
         for number, cell in enumerate(cells, 1):
-            key = self.key(cell.row)
+            key = self.key(cell)
             status = settled.get(key)
             if status is None:
                 waiting.put((number, cell, key))
             else:
-                run.tally.skipped += 1
                 run.tally.red += status == "red"
+                run.tally.failed += status in _FAILURES
+                run.tally.skipped += status != "red" and status not in _FAILURES
         while len(self._workers) < workers:
             self._workers.append(self._make_worker(self.folder / "worker.log", self._env))
 
@@ -333,6 +315,8 @@ class Runner:
             thread.start()
         for thread in threads:
             thread.join()
+        for worker in self._workers[1:]:
+            worker.close()
         if failures:
             raise failures[0]
 
@@ -346,14 +330,12 @@ class Runner:
         own: list[str] = []
 
         def on_row(row: dict[str, Any]) -> None:
-            full = {**merge(cell.row, row), "seconds": round(self.now() - began, 3)}
-            full["cell_key"] = self.key(full)
-            status = full.setdefault("status", "ok")
-            if full["cell_key"] == key:
-                red = full.get("quality", {}).get("gate") == "red"
-                own.append("red" if red else status)
-            self.append(full, into)
-            self.say(f"{place} {cell.name}: {full.get('error', {}).get('message') or full.get('words') or status}")
+            part, words = row.pop("part", ""), row.pop("words", "")
+            full = {"status": "ok", **merge(cell.row, row), "seconds": round(self.now() - began, 3)}
+            if not part:
+                own.append("red" if _is_red(full) else full["status"])
+            self.append({**full, "cell_key": self.key(cell, part)}, into)
+            self.say(f"{place} {cell.name}{part and ' ' + part}: {words or _why(full) or full['status']}")
 
         timeout = min(max(LEAST_TIMEOUT_S, TIMEOUT_FACTOR * predicted), max(1.0, self._hard_left()))
         outcome = worker.run(cell.task, cell.arguments, timeout, on_row, lambda: self.stopped is not None)
@@ -367,18 +349,16 @@ class Runner:
             return
         if not own:
             status = "failed" if outcome.status == "died" else outcome.status
-            row = {**merge(cell.row, {}), "cell_key": key, "status": status, "seconds": round(took, 3)}
-            if outcome.error is not None:
-                row["error"] = outcome.error
+            row = {**cell.row, "cell_key": key, "status": status, "error": outcome.error, "seconds": round(took, 3)}
             self.append(row, into)
             own.append(status)
-            self.say(f"{place} {cell.name}: {(outcome.error or {}).get('message', status)}")
+            self.say(f"{place} {cell.name}: {_why(row) or status}")
         with self._lock:
             word = own[-1]
             self._settled[into][key] = word
             run.tally.red += word == "red"
             run.tally.ok += word in ("ok", "absent", "refused", "suspect")
-            run.tally.failed += word in ("failed", "timeout", "oom")
+            run.tally.failed += word in _FAILURES
         if outcome.lost_card or (outcome.poisoned and self._probe is not None and not self._card_answers(worker)):
             self.stopped = "lost card"
 
@@ -391,9 +371,8 @@ class Runner:
         return outcome.status in ("ok", "stopped")
 
     def _cut(self, run: Run, cell: Cell, key: str, into: str, predicted: float, why: str) -> None:
-        row = {**merge(cell.row, {}), "cell_key": key, "status": "cut", "seconds": 0.0}
-        row["error"] = {"type": "Cut", "message": f"{why}; predicted {predicted:.1f} s", "stage": "deadline"}
-        self.append(row, into)
+        error = {"type": "Cut", "message": f"{why}; predicted {predicted:.1f} s", "stage": "deadline"}
+        self.append({**cell.row, "cell_key": key, "status": "cut", "error": error, "seconds": 0.0}, into)
         with self._lock:
             run.tally.cut += 1
 
@@ -416,9 +395,8 @@ class Runner:
             key, status = row.get("cell_key"), row.get("status")
             if key is None:
                 continue
-            red = row.get("quality", {}).get("gate") == "red"
             if status in self._settled_words:
-                settled[key] = "red" if red else str(status)
+                settled[key] = "red" if _is_red(row) else str(status)
             else:
                 settled.pop(key, None)
         return settled
@@ -458,6 +436,14 @@ class Runner:
         except Exception as error:  # the rows are the truth; a report can be written again from them
             self._manifest["report_error"] = f"{type(error).__name__}: {error}"
             self.say(f"the report could not be written: {error}")
+
+
+def _is_red(row: Mapping[str, Any]) -> bool:
+    return (row.get("quality") or {}).get("gate") == "red"
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    return (row.get("error") or {}).get("message", "")
 
 
 def _say(text: str) -> None:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 _POLL_S = 0.1
 _GRACE_S = 2.0
@@ -44,6 +44,21 @@ class Outcome:
     error: dict[str, str] | None = None
     poisoned: bool = False
     lost_card: bool = False
+
+
+class WorkerLike(Protocol):
+    """What the runner needs of a worker; tests hand in one that moves a fake clock."""
+
+    def run(
+        self,
+        task: str,
+        arguments: Mapping[str, Any],
+        timeout: float,
+        on_row: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+    ) -> Outcome: ...
+
+    def close(self) -> None: ...
 
 
 class Worker:
