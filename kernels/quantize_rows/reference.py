@@ -14,7 +14,7 @@ def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     finite = torch.isfinite(rows).all(1)
     scale = torch.where(finite, scale, torch.full_like(scale, torch.nan))
     live = finite & (absmax >= TINY)
-    inverse = torch.where(live, 127.0 / absmax, torch.zeros_like(absmax))
+    inverse = torch.where(live, torch.full_like(absmax, 127.0) / absmax, torch.zeros_like(absmax))  # one rounding
     q = torch.where(live[:, None], rows * inverse[:, None], torch.zeros_like(rows)).round().clamp(-127, 127)
     q = q.to(torch.int8)
     return q, scale, q.sum(1, dtype=torch.int32)

@@ -1,0 +1,99 @@
+// Bindings only. Addresses come as integers, 0 for none; kernels/op.py has checked what they point to.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#define PERCARD_ISA scalar
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+using Address = uintptr_t;
+
+namespace percard {
+namespace {
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void quantize_rows(Address x, Address q, Address scale, Address row_sum, int64_t m, int64_t k, int64_t stride_xm,
+                   int x_dtype) {
+    ops().quantize_rows({at<void>(x), at<int8_t>(q), at<float>(scale), at<int32_t>(row_sum), m, k, stride_xm, x_dtype});
+}
+
+void matmul_w8a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
+                 int64_t k, int64_t stride_xm, int y_dtype) {
+    ops().matmul_w8a8({at<int8_t>(xq), at<float>(sx), at<int8_t>(w), at<float>(scale), at<float>(bias), at<void>(y), m,
+                       n, k, stride_xm, y_dtype});
+}
+
+void expect_group(int64_t group, int64_t k) {
+    if (group < 1 || (group < k && group % 8 != 0)) throw nb::value_error("group must be a multiple of 8, or all of k");
+}
+
+void matmul_w4a16(Address x, Address w, Address scale, Address zero, Address bias, Address y, int64_t m, int64_t n,
+                  int64_t k, int64_t group, int64_t stride_xm, int x_dtype) {
+    expect_group(group, k);
+    ops().matmul_w4a16({at<void>(x), at<uint8_t>(w), at<float>(scale), at<int8_t>(zero), at<float>(bias), at<void>(y),
+                        m, n, k, group, stride_xm, x_dtype});
+}
+
+void matmul_w4a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
+                 int64_t k, int64_t group, int64_t stride_xm, int y_dtype, Address xsum) {
+    expect_group(group, k);
+    ops().matmul_w4a8({at<int8_t>(xq), at<float>(sx), at<int32_t>(xsum), at<uint8_t>(w), at<float>(scale),
+                       at<float>(bias), at<void>(y), m, n, k, group, stride_xm, y_dtype});
+}
+
+void search_scale(Address w, Address out, int64_t n, int64_t k, int64_t stride_wn, int bits, int64_t group,
+                  int symmetric, int scale_dtype, float norm) {
+    ops().search_scale({at<float>(w), at<void>(out), n, k, stride_wn, bits, group, symmetric != 0, scale_dtype, norm});
+}
+
+int isa_of(const std::string& name) {
+    std::string known;
+    for (int isa = 0; isa < kIsaCount; ++isa) {
+        if (name == isa_name(isa)) return isa;
+        known += (isa ? ", " : "") + std::string(isa_name(isa));
+    }
+    throw nb::value_error(("ISA '" + name + "' is unknown; choose one of " + known).c_str());
+}
+
+void force(const std::string& name) {
+    const int isa = isa_of(name);
+    if (!isa_available(isa)) throw nb::value_error(("this CPU has no " + name + "; isas() lists what it has").c_str());
+    force_isa(isa);
+}
+
+nb::list isas() {
+    nb::list names;
+    for (int isa = 0; isa < kIsaCount; ++isa)
+        if (isa_available(isa)) names.append(isa_name(isa));
+    return names;
+}
+
+}  // namespace
+}  // namespace percard
+
+NB_MODULE(_cpu, module) {
+    using namespace nb::literals;
+    using nogil = nb::call_guard<nb::gil_scoped_release>;
+    module.doc() = "C++ bodies of percard's ops. kernels/op.py is the only caller.";
+    module.def("quantize_rows", &percard::quantize_rows, "x"_a, "q"_a, "scale"_a, "row_sum"_a, "m"_a, "k"_a,
+               "stride_xm"_a, "x_dtype"_a, nogil());
+    module.def("matmul_w8a8", &percard::matmul_w8a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
+               "k"_a, "stride_xm"_a, "y_dtype"_a, nogil());
+    module.def("matmul_w4a16", &percard::matmul_w4a16, "x"_a, "w"_a, "scale"_a, "zero"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
+               "k"_a, "group"_a, "stride_xm"_a, "x_dtype"_a, nogil());
+    module.def("matmul_w4a8", &percard::matmul_w4a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
+               "k"_a, "group"_a, "stride_xm"_a, "y_dtype"_a, "xsum"_a, nogil());
+    module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
+               "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
+    module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");
+    module.def("force_isa", &percard::force, "name"_a, "Run the bodies of another ISA of isas() from now on.");
+    module.def("isas", &percard::isas, "The ISAs that this CPU and operating system can run, weakest first.");
+    module.def("threads", &percard::threads, "Threads that a large op uses: torch.get_num_threads().");
+}

@@ -1,0 +1,96 @@
+// The ops of the C++ module: one struct of arguments per op, and the table of bodies of one instruction set (ISA).
+//
+// Every cpu.cpp is compiled once per ISA, in a namespace of that name; dispatch.cpp picks a table at load.
+// Sizes are in elements. Packings are those of formats/layout.py: rows16_k4_w4 and rows16_k4_w8.
+#pragma once
+
+#include <cstdint>
+
+namespace percard {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// scale[m] = absmax(x[m, :]) / 127, q = round_half_even(x * (127 / absmax)), row_sum[m] = sum of q[m, :]
+struct QuantizeRows {
+    const void* x;     // x_dtype [m, k], rows stride_xm apart
+    int8_t* q;         // [m, k]
+    float* scale;      // [m]
+    int32_t* row_sum;  // [m]
+    int64_t m, k, stride_xm;
+    int x_dtype;
+};
+
+// y = (int32 sum of xq * w) * sx * scale + bias, in this order, each step rounded to fp32
+struct MatmulW8A8 {
+    const int8_t* xq;    // [m, k], rows stride_xm apart
+    const float* sx;     // [m]
+    const int8_t* w;     // rows16_k4_w8
+    const float* scale;  // [1, n rounded up to 16]
+    const float* bias;   // [n] or null
+    void* y;             // y_dtype [m, n]
+    int64_t m, n, k, stride_xm;
+    int y_dtype;
+};
+
+// y = sum over groups of scale * (fp32 sum of (q - zero) * x) + bias
+struct MatmulW4A16 {
+    const void* x;       // x_dtype [m, k], rows stride_xm apart
+    const uint8_t* w;    // rows16_k4_w4
+    const float* scale;  // [groups, n rounded up to 16]
+    const int8_t* zero;  // the same shape, signed, or null for 0
+    const float* bias;   // [n] or null
+    void* y;             // x_dtype [m, n]
+    int64_t m, n, k, group, stride_xm;
+    int x_dtype;
+};
+
+// y = (sum over groups, ascending, by fused multiply-add, of scale * (int32 sum of q * xq)) * sx + bias
+struct MatmulW4A8 {
+    const int8_t* xq;     // [m, k], rows stride_xm apart
+    const float* sx;      // [m]
+    const int32_t* xsum;  // [m], sums of the rows of xq
+    const uint8_t* w;     // rows16_k4_w4
+    const float* scale;   // [groups, n rounded up to 16]
+    const float* bias;    // [n] or null
+    void* y;              // y_dtype [m, n]
+    int64_t m, n, k, group, stride_xm;
+    int y_dtype;
+};
+
+// out[n, g] = the best of 80 scales of a group of weights: kernels/search_scale/__init__.py has the formula
+struct SearchScale {
+    const float* w;  // [n, k], rows stride_wn apart
+    void* out;       // scale_dtype [n, k / group]
+    int64_t n, k, stride_wn;
+    int bits;
+    int64_t group;
+    bool symmetric;
+    int scale_dtype;
+    float norm;
+};
+
+// The bodies of one ISA.
+struct Ops {
+    void (*quantize_rows)(const QuantizeRows&);
+    void (*matmul_w8a8)(const MatmulW8A8&);
+    void (*matmul_w4a16)(const MatmulW4A16&);
+    void (*matmul_w4a8)(const MatmulW4A8&);
+    void (*search_scale)(const SearchScale&);
+};
+
+#define PERCARD_DECLARE(isa)                 \
+    namespace isa {                          \
+    void quantize_rows(const QuantizeRows&); \
+    void matmul_w8a8(const MatmulW8A8&);     \
+    void matmul_w4a16(const MatmulW4A16&);   \
+    void matmul_w4a8(const MatmulW4A8&);     \
+    void search_scale(const SearchScale&);   \
+    }
+PERCARD_DECLARE(scalar)
+PERCARD_DECLARE(avx2)
+PERCARD_DECLARE(avx_vnni)
+PERCARD_DECLARE(avx512_vnni)
+PERCARD_DECLARE(amx_int8)
+#undef PERCARD_DECLARE
+
+}  // namespace percard
