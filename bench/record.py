@@ -43,7 +43,7 @@ SECTIONS: dict[str, frozenset[str]] = {
         "scheme": "spec kv_spec weight_bits act_bits kv_bits group symmetric scale_dtype sparsity head format notes",
         "body": "impl isa rejected same_fusions baseline_dtype baseline_probe attention_body",
         "clock": "mode l2 copies power burst sustained rounds calls_per_sample warmup_ms warmup drift noisy",
-        "latency_us": "median lo hi iqr p10 p90 ci95 samples",
+        "latency_us": "median lo hi iqr p10 p90 ci95 samples eager",
         "tokens": "ttft_s tpot_s itl_s e2e_s tok_s tok_s_in tok_s_per_card tok_s_per_user req_s goodput concurrency "
         "vs_fp16",
         "roofline": "bytes flops bound mbu mfu pct_of_roof pct_of_spec",
@@ -53,6 +53,10 @@ SECTIONS: dict[str, frozenset[str]] = {
         "quality": "gate model protocol ppl ppl_rel kl top1 task length_ratio gate_key reasons sqnr_db tokens",
     }.items()
 }
+
+
+# One of Record.against: a rival timed in the same rounds. `ratio` is its time over ours, so above 1 we are faster.
+RIVAL = frozenset("impl version status reason median lo hi eager ratio ci95".split())
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Record:
     body: dict[str, Any] = field(default_factory=dict)
     clock: dict[str, Any] = field(default_factory=dict)
     latency_us: dict[str, Any] | None = None
+    against: list[dict[str, Any]] | None = None
     tokens: dict[str, Any] | None = None
     roofline: dict[str, Any] | None = None
     energy: dict[str, Any] | None = None
@@ -100,6 +105,10 @@ class Record:
             unknown = sorted(set(section or ()) - known_keys)
             if unknown and self.schema == SCHEMA:
                 raise FormatError(f"record {self.case}: {name} has unknown keys {', '.join(unknown)} for schema {SCHEMA}")
+        for rival in self.against or ():
+            unknown = sorted(set(rival) - RIVAL)
+            if unknown and self.schema == SCHEMA:
+                raise FormatError(f"record {self.case}: against has unknown keys {', '.join(unknown)} for schema {SCHEMA}")
         if self.status == "ok" and self.tokens and (self.quality or {}).get("gate") == "red":
             raise FormatError(f"record {self.case}: a red gate carries no speed figure; leave tokens empty")
 
