@@ -56,7 +56,7 @@ SECTIONS: dict[str, frozenset[str]] = {
 
 
 # One of Record.against: a rival timed in the same rounds. `ratio` is its time over ours, so above 1 we are faster.
-RIVAL = frozenset("impl version status reason median lo hi eager ratio ci95".split())
+RIVAL = frozenset(["impl", "version", "status", "reason", "median", "lo", "hi", "eager", "ratio", "ci95"])
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,15 @@ class Record:
             section = getattr(self, name)
             unknown = sorted(set(section or ()) - known_keys)
             if unknown and self.schema == SCHEMA:
-                raise FormatError(f"record {self.case}: {name} has unknown keys {', '.join(unknown)} for schema {SCHEMA}")
+                raise FormatError(
+                    f"record {self.case}: {name} has unknown keys {', '.join(unknown)} for schema {SCHEMA}"
+                )
         for rival in self.against or ():
             unknown = sorted(set(rival) - RIVAL)
             if unknown and self.schema == SCHEMA:
-                raise FormatError(f"record {self.case}: against has unknown keys {', '.join(unknown)} for schema {SCHEMA}")
+                raise FormatError(
+                    f"record {self.case}: against has unknown keys {', '.join(unknown)} for schema {SCHEMA}"
+                )
         if self.status == "ok" and self.tokens and (self.quality or {}).get("gate") == "red":
             raise FormatError(f"record {self.case}: a red gate carries no speed figure; leave tokens empty")
 
