@@ -1,0 +1,18 @@
+"""The methods that find codes for a weight: one visible table of pure functions on tensors.
+
+Two kinds; a recipe holds any number of transforms and exactly one rounding per module:
+- transform: the same function with other weights, `f(group, stats, spec, **options) -> Transform`;
+- rounding: `f(weight fp32 [N, K], stats, spec, *, scale_dtype, **options) -> Rounded`.
+A method opens no file, knows no module and asks for no device. The codes it finds are the codes on disk.
+"""
+
+from __future__ import annotations
+
+from . import rtn as _rtn
+from .records import Method, Option, Rounded
+
+METHODS: dict[str, Method] = {
+    "rtn": Method("rtn", "rounding", _rtn.rtn, _rtn.OPTIONS, by_rows=True, calibrated=False, serves=_rtn.serves),
+}
+
+__all__ = ["METHODS", "Method", "Option", "Rounded"]

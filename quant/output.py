@@ -1,0 +1,145 @@
+"""The output folder: it appears under its name in one rename, when it is complete; killed at any moment, it does not.
+
+Work goes on in a hidden sibling, `.NAME.percard-unfinished`, on the same file system. A replaced folder waits as
+`.NAME.percard-old` for the rename, so that there is always one complete folder. The next run removes what a killed one
+left. A lock on the sibling keeps two runs apart; the kernel drops it when a process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from ..formats.spec import FormatError
+
+MARKER = ".percard-unfinished"  # formats/checkpoint.py puts it into a folder that it has not finished
+
+
+def refuse(src: Path, dst: Path, force: bool) -> None:
+    """Raises before anything is made when `dst` cannot be the output: FileExistsError or FormatError, with the remedy."""
+    here, there = dst.resolve(), src.resolve()
+    if here == there:
+        raise FormatError(f"{dst}: output and source are the same folder; choose another --out")
+    if there in here.parents or here in there.parents:
+        raise FormatError(f"{dst}: output and source {src} lie inside each other; choose another --out")
+    if dst.is_symlink():
+        raise FileExistsError(f"{dst}: output is a symbolic link; name the folder itself, or choose another --out")
+    for parent in dst.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise FormatError(f"{dst}: {parent} is a file, not a folder; choose another --out")
+    if not dst.exists() or (dst.is_dir() and (not any(dst.iterdir()) or (dst / MARKER).exists())):
+        return
+    if not dst.is_dir():
+        raise FileExistsError(f"{dst}: output exists and is a file; choose another --out")
+    if not force:
+        raise FileExistsError(f"{dst}: output exists and is not empty; choose another --out, or replace it with --force")
+    if not (dst / "config.json").is_file():
+        raise FileExistsError(f"{dst}: holds no config.json, so it is no checkpoint and --force does not replace it; remove it yourself")
+
+
+class Output:
+    """Context manager around the work: `.folder` is where to write; `publish()` gives it its name. Anything else removes it."""
+
+    def __init__(self, dst: Path, force: bool = False) -> None:
+        self.dst = Path(os.path.abspath(dst))  # without following links: the name is what gets replaced
+        self._force = force
+        self.folder = self.dst.with_name(f".{self.dst.name}.percard-unfinished")
+        self._old = self.dst.with_name(f".{self.dst.name}.percard-old")
+        self._lock: int | None = None
+        self._made: list[Path] = []
+        self._published = False
+
+    def __enter__(self) -> Output:
+        try:
+            self._prepare()
+        except BaseException:
+            self._close()
+            self._remove_made()
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        missing = [p for p in (self.dst.parent, *self.dst.parent.parents) if not p.exists()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._made.append(parent)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{self.dst}: another run is writing it; wait for it, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        if self._old.exists():  # killed between the two renames of `publish`, or while the old folder was removed
+            if self.dst.exists() or not (self._old / "config.json").exists():
+                discard(self._old)
+            else:
+                self._old.rename(self.dst)
+                if not self._force:
+                    raise FileExistsError(
+                        f"{self.dst}: a killed run had moved the old output away, it is back; replace it with --force"
+                    )
+        for leftover in list(self.folder.iterdir()):
+            discard(leftover)
+
+    def publish(self) -> None:
+        """Gives the complete folder its name, in place of what stood there."""
+        sync(self.folder)
+        if self.dst.exists():
+            self.dst.rename(self._old)
+        self.folder.rename(self.dst)
+        self._published = True
+        sync(self.dst.parent)
+        if self._old.exists():
+            discard(self._old)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._published:
+            if self._lock is not None:
+                with contextlib.suppress(OSError):
+                    discard(self.folder)
+            self._remove_made()
+        self._close()
+
+    def _close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _remove_made(self) -> None:
+        for parent in reversed(self._made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def discard(path: Path) -> None:
+    """Removes a file or a folder; config.json goes first, so that what a kill leaves of it does not look like a model."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    (path / "config.json").unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, text: str) -> None:
+    """A small text file, complete or not there."""
+    part = path.with_name(path.name + ".tmp")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)

@@ -1,0 +1,43 @@
+"""How a long verb tells how far it is: a callback, a frozen record, and the meter that counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a verb: `done` of `total` `unit` ("bytes" or "blocks"), what is at work, seconds left (None: unknown)."""
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+    label: str
+    eta_s: float | None
+
+
+Callback = Callable[[Progress], None]
+
+
+class Meter:
+    """Counts work done and tells `progress`; the time left follows from the rate so far."""
+
+    def __init__(self, phase: str, total: int, progress: Callback | None, unit: str = "bytes") -> None:
+        self.phase, self.total, self.unit, self.progress = phase, total, unit, progress
+        self.done, self.started = 0, time.monotonic()
+
+    def add(self, amount: int, label: str) -> None:
+        """`amount` more units are done; `label` names what they were of."""
+        self.done += amount
+        if self.progress is not None:
+            spent = self.seconds
+            left = spent * (self.total - self.done) / self.done if self.done and spent > 0 else None
+            self.progress(Progress(self.phase, self.done, self.total, self.unit, label, left))
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
