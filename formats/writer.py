@@ -102,6 +102,7 @@ class Writer:
         self.path = Path(dst)
         self._files: list[str] = []
         self._made_folder = False
+        self._made_parents: list[Path] = []  # from the inside out
         self._started = False
         self._finished = False
         self._rows: dict[str, int] = {}  # bytes that a tensor has got so far
@@ -139,6 +140,7 @@ class Writer:
             remedy = "call Writer.clean_unfinished first" if unfinished else "choose a new or empty folder"
             raise FormatError(f"{self.path}: is not empty{' (an unfinished output)' if unfinished else ''}; {remedy}")
         self._made_folder = not self.path.exists()
+        self._made_parents = [parent for parent in self.path.parents if not parent.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._started = True
         try:
@@ -153,6 +155,7 @@ class Writer:
     ) -> None:
         if not self._finished:
             self._remove()
+            self._started = False
 
     def _own(self, *names: str) -> None:
         """Write `names` into the marker before any of these files exists, so that a later run knows what to remove."""
@@ -267,6 +270,9 @@ class Writer:
             shard.close()
         if self._started:
             _remove_files(self.path, self._files, self._made_folder)
+            for parent in self._made_parents:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
 
     @staticmethod
     def clean_unfinished(dst: str | Path) -> bool:
