@@ -126,3 +126,124 @@ def ratio(base: Sample, other: Sample, *, draws: int = DRAWS, seed: int = 0) -> 
     generator = random.Random(seed)
     medians = [statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws)]
     return Ratio(statistics.median(ratios), quantile(medians, 0.025), quantile(medians, 0.975))
+
+
+@dataclass(frozen=True)
+class CardTimes:
+    """Times of one thing on a card, seconds per call: inside a CUDA graph (the headline), and started one by one.
+
+    `calls` are in one graph, `replays` of it in one sample.
+    """
+
+    graph: Sample
+    eager: Sample
+    calls: int
+    replays: int
+
+
+def copies_for_cold_cache(nbytes: int, cache_bytes: int, factor: int = 4) -> int:
+    """How many copies of `nbytes` each hold `factor` times the cache: used in turn, none is still in it at its turn."""
+    return max(1, -(-factor * cache_bytes // max(1, nbytes)))
+
+
+def card_ab(
+    functions: Mapping[str, Sequence[Callable[[], Any]]],
+    *,
+    device: torch.device,
+    rounds: int = 7,
+    sample_s: float = 0.010,
+    work_s: float = 0.005,
+    gap_s: float = 0.005,
+    most_calls: int = 4096,
+    eager_rounds: int = 3,
+) -> dict[str, CardTimes]:
+    """Times each thing on a card: CUDA graphs in turn (A B A B), and eager calls beside them.
+
+    A thing is a list of functions that do the same on different copies of its weight; they are called in turn, so that
+    the L2 is cold (`copies_for_cold_cache`). One graph holds enough calls for `work_s` of work, one sample enough
+    replays for `sample_s`, with a pause of `gap_s` after each: a burst that does not reach the card's power limit.
+    """
+    if rounds < 1 or not all(functions.values()):
+        raise ValueError("card_ab wants at least one round, and one function per name")
+    eager = {name: _eager(turn, device, eager_rounds) for name, turn in functions.items()}
+    graphs = {name: _Graph(turn, device, work_s, most_calls) for name, turn in functions.items()}
+    try:
+        replays = {name: max(1, round(sample_s / graph.seconds)) for name, graph in graphs.items()}
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                total = 0.0
+                for _ in range(replays[name]):
+                    total += graph.replay()
+                    time.sleep(gap_s)
+                times[name].append(total / replays[name] / graph.calls)
+        return {n: CardTimes(Sample.of(times[n]), eager[n], graphs[n].calls, replays[n]) for n in functions}
+    finally:
+        for graph in graphs.values():
+            graph.free()
+
+
+def _eager(turn: Sequence[Callable[[], Any]], device: torch.device, rounds: int) -> Sample:
+    """Seconds per call started one by one: queue and launch cost included where they are longer than the work."""
+    for function in turn[:3]:  # compiles, makes library handles, loads what is loaded at a first call
+        function()
+    samples = []
+    calls = max(len(turn), 20)
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for i in range(calls):
+            turn[i % len(turn)]()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3 / calls)
+    return Sample.of(samples)
+
+
+class _Graph:
+    """Calls of a thing, captured once. `seconds` is what one replay took when it was sized."""
+
+    def __init__(self, turn: Sequence[Callable[[], Any]], device: torch.device, work_s: float, most_calls: int) -> None:
+        self._turn, self._device = turn, device
+        self._stream = torch.cuda.Stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capture(max(len(turn), 4))
+        self.seconds = min(self.replay() for _ in range(3))
+        wanted = min(most_calls, round(work_s / (self.seconds / self.calls)))
+        if wanted > 1.2 * self.calls:
+            # Whole turns, so that each copy is read equally often.
+            self._capture(-(-wanted // len(turn)) * len(turn))
+            self.replay()
+            self.seconds = min(self.replay() for _ in range(2))
+
+    def _capture(self, calls: int) -> None:
+        self.free()
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # a library's workspace belongs to a stream: make it before the capture
+            for function in self._turn[:2]:
+                function()
+        torch.cuda.synchronize(self._device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            for i in range(calls):
+                self._turn[i % len(self._turn)]()
+        torch.cuda.synchronize(self._device)
+        self.calls = calls
+
+    def replay(self) -> float:
+        """Seconds that one replay takes on the card."""
+        assert self._graph is not None
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def free(self) -> None:
+        """Gives the graph and its memory back."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
