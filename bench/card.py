@@ -123,7 +123,7 @@ def read_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
     The buffer is at most a quarter of free memory; on a CPU whose L3 is larger, the figure says how fast that L3 is.
     """
     size = max(4 * last_level_cache(device), 2**28)
-    size = min(size, 2**30 if device.type == "cpu" else 2**32, _free_bytes(device) // 4)
+    size = min(size, 2**30 if device.type == "cpu" else 2**32, free_bytes(device) // 4)
     source = torch.ones(size // 4, dtype=torch.int32, device=device)
     if device.type == "cuda":
         target = torch.empty_like(source)
@@ -141,7 +141,8 @@ def read_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
     return moved / best
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be taken now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in (_read("/proc/meminfo") or "").splitlines():

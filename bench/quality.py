@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,3 +137,33 @@ def gate(quality: Quality, spec: QuantSpec | str | None, small_model: bool = Fal
     if not small_model and not quality.perplexity_rise <= limits["perplexity"]:
         reasons.append(f"perplexity rises {quality.perplexity_rise:.2%}, more than {limits['perplexity']:.0%}")
     return ("red", reasons) if reasons else ("green", [])
+
+
+def section(
+    quality: Quality, verdict: tuple[str, list[str]], model_name: str, gate_key: str | None = None
+) -> dict[str, Any]:
+    """The `quality` section of a Record (bench/record.py)."""
+    gate_word, reasons = verdict
+    return {
+        "gate": gate_word,
+        "model": model_name,
+        "protocol": quality.protocol,
+        "ppl": quality.perplexity,
+        "ppl_rel": quality.perplexity_rise,
+        "kl": quality.kl,
+        "top1": quality.top1,
+        "tokens": quality.tokens,
+        "reasons": reasons,
+        "gate_key": gate_key,
+    }
+
+
+def reference_section(quality: Quality, model_name: str) -> dict[str, Any]:
+    """The same for the reference itself: its own perplexity, nothing gated."""
+    return {"gate": "none", "model": model_name, "protocol": quality.protocol, "ppl": quality.perplexity_reference} | {
+        "ppl_rel": 0.0,
+        "kl": 0.0,
+        "top1": 1.0,
+        "tokens": quality.tokens,
+        "reasons": ["16-bit weights are the reference"],
+    }

@@ -41,7 +41,7 @@ SECTIONS: dict[str, frozenset[str]] = {
         "model": "id config_hash weights weights_hash layers_run layers tp pp ep shard routing experts_touched",
         "shape": "M N K G H D T S P batch isl osl kv_len load bound",
         "scheme": "spec kv_spec weight_bits act_bits kv_bits group symmetric scale_dtype sparsity head format notes",
-        "body": "impl isa rejected same_fusions baseline_dtype baseline_probe attention_body",
+        "body": "impl isa dtype rejected same_fusions baseline_dtype baseline_probe attention_body",
         "clock": "mode l2 copies power burst sustained rounds calls_per_sample warmup_ms warmup drift noisy",
         "latency_us": "median lo hi iqr p10 p90 ci95 samples eager",
         "tokens": "ttft_s tpot_s itl_s e2e_s tok_s tok_s_in tok_s_per_card tok_s_per_user req_s goodput concurrency "

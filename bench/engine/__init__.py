@@ -1,6 +1,7 @@
 """The engine: the decode loop that FP16 and quantised models both run through.
 
-    model = load("out/w4a16", head="int8-row")                 a checkpoint, 16-bit or quantised
+Example:
+    model = load("out/w4a16", head="int8-row")
     model = load("shape:qwen3-8b", spec=QuantSpec.parse("w4a16-g128"))    synthetic weights at true shapes
     model.generate([[1, 2, 3]], max_new=64)
 """

@@ -23,9 +23,17 @@ class Cache:
     lengths: list[int]
 
     @classmethod
-    def new(cls, config: Config, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> Cache:
-        """An empty cache for `batch` sequences of at most `length` tokens."""
-        shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+    def new(
+        cls,
+        config: Config,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: int | None = None,
+    ) -> Cache:
+        """An empty cache for `batch` sequences of at most `length` tokens; `layers` None = all of the model's."""
+        shape = (layers or config.layers, batch, length, config.kv_heads, config.head_dim)
         return cls(
             torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), [0] * batch
         )

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ...formats.spec import QuantSpec
-from ...kernels.linear import linear
+from ...formats.tensor import QuantTensor
+from ...kernels.linear import linear, ops_of
+from ...kernels.op import native_isa
 from . import weights as weights_module
 from .cache import Cache
 from .config import Config
@@ -27,23 +29,30 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def block(
-    x: torch.Tensor, b: Block, config: Config, layer: int, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    x: torch.Tensor,
+    b: Block,
+    config: Config,
+    layer: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attend: Attend,
+    impl: str | None = None,
 ) -> torch.Tensor:
-    """One decoder block, x [B, T, hidden] -> the same shape (x itself, changed in place)."""
+    """One decoder block, x [B, T, hidden] -> the same shape (x itself, changed in place). `impl` as in `linear`."""
     batch, new, _ = x.shape
     qk_heads, eps = config.heads + config.kv_heads, config.norm_eps
-    qkv = linear(F.rms_norm(x, (config.hidden,), b.input_norm, eps), b.qkv, b.qkv_bias)
+    qkv = linear(F.rms_norm(x, (config.hidden,), b.input_norm, eps), b.qkv, b.qkv_bias, impl=impl)
     qkv = qkv.view(batch, new, qk_heads + config.kv_heads, config.head_dim)
     qk, v = qkv[:, :, :qk_heads], qkv[:, :, qk_heads:]
     if b.qk_norm is not None:
         qk = F.rms_norm(qk, (config.head_dim,), None, eps) * b.qk_norm
     qk = rotate(qk, cos, sin)
     mixed = attend(qk[:, :, : config.heads], qk[:, :, config.heads :], v, layer)
-    x += linear(mixed, b.o, b.o_bias)
+    x += linear(mixed, b.o, b.o_bias, impl=impl)
 
-    gate_up = linear(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.gate_up, b.gate_up_bias)
+    gate_up = linear(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.gate_up, b.gate_up_bias, impl=impl)
     gate, up = gate_up[..., : config.ffn], gate_up[..., config.ffn :]
-    x += linear(F.silu(gate).mul_(up), b.down, b.down_bias)
+    x += linear(F.silu(gate).mul_(up), b.down, b.down_bias, impl=impl)
     return x
 
 
@@ -56,7 +65,9 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) ->
     return out.transpose(1, 2).flatten(2)
 
 
-def _prefill_into(cache: Cache) -> Attend:
+def prefill_into(cache: Cache) -> Attend:
+    """Attention of whole prompts that leaves their keys and values in an empty cache."""
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         new = k.shape[1]
         cache.keys[layer, :, :new] = k
@@ -66,7 +77,7 @@ def _prefill_into(cache: Cache) -> Attend:
     return attend
 
 
-def _step_into(cache: Cache, device: torch.device) -> Attend:
+def step_into(cache: Cache, device: torch.device) -> Attend:
     """One new token per sequence at its own position. Equal lengths need no mask and no scatter."""
     length, batch = max(cache.lengths), cache.batch
     equal = length == min(cache.lengths)
@@ -111,10 +122,43 @@ class Model:
     cos: torch.Tensor
     sin: torch.Tensor
 
+    @torch.inference_mode()
+    def with_dtype(self, dtype: torch.dtype) -> Model:
+        """The same weights computing in another dtype: quantised ones are shared, the others cast."""
+        if dtype == self.dtype:
+            return self
+        held = weights_module.cast(self.weights, dtype)
+        return replace(self, weights=held, dtype=dtype, cos=self.cos.to(dtype), sin=self.sin.to(dtype))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, the embedding and the head included."""
         return self.weights.nbytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one decode step reads at least: blocks and head, not the embedding table."""
+        table = self.weights.embedding
+        tied = self.weights.head is table
+        return self.nbytes - (0 if tied else table.numel() * table.element_size())
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache that one token of one sequence takes."""
+        return 2 * self.config.layers * self.config.kv_size * self.dtype.itemsize
+
+    @property
+    def kernel(self) -> str:
+        """The ops that serve the linears and the body of each: "quantize_rows.cpu + matmul_w8a8.cpu", or "torch"."""
+        held = self.weights.blocks[0].qkv
+        if not isinstance(held, QuantTensor):
+            return "torch" if self.spec is None else "torch, dequantised"
+        return " + ".join(f"{op.name}.{op.body_on(self.device.type, self.impl).name}" for op in ops_of(held.spec))
+
+    @property
+    def isa(self) -> str | None:
+        """Instruction set of the C++ bodies, None when none serves here."""
+        return native_isa() if ".cpu" in self.kernel else None
 
     @property
     def max_len(self) -> int:
@@ -146,7 +190,7 @@ class Model:
     @torch.inference_mode()
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits [..., V] of hidden states [..., hidden]."""
-        return linear(hidden, self.weights.head).float()
+        return linear(hidden, self.weights.head, impl=self.impl).float()
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
@@ -172,7 +216,7 @@ class Model:
         if len(lengths) != batch or not all(1 <= n <= width for n in lengths):
             raise ValueError(f"lengths {lengths} do not fit {batch} prompts of at most {width} tokens, at least 1 each")
         cache.need(width)
-        hidden = self._run(ids, 0, _prefill_into(cache))
+        hidden = self._run(ids, 0, prefill_into(cache))
         cache.lengths = list(lengths)
         ends = torch.tensor(lengths, device=self.device) - 1
         return self.head_logits(hidden[torch.arange(batch, device=self.device), ends])
@@ -181,7 +225,7 @@ class Model:
     def step(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One token int64 [B] per sequence -> fp32 logits [B, V] for the next; the cache grows by one."""
         cache.need(1)
-        hidden = self._run(tokens[:, None], cache.lengths, _step_into(cache, self.device))
+        hidden = self._run(tokens[:, None], cache.lengths, step_into(cache, self.device))
         cache.lengths = [length + 1 for length in cache.lengths]
         return self.head_logits(hidden[:, 0])
 
@@ -200,7 +244,9 @@ class Model:
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("a prompt has no token; give at least one")
         if (worst := max(max(p) for p in prompts)) >= self.config.vocab:
-            raise ValueError(f"token {worst} is outside the vocabulary of {self.config.vocab}; is it another tokenizer?")
+            raise ValueError(
+                f"token {worst} is outside the vocabulary of {self.config.vocab}; is it another tokenizer?"
+            )
         lengths = [len(p) for p in prompts]
         padded = [list(p) + [0] * (max(lengths) - len(p)) for p in prompts]
         cache = self.new_cache(len(prompts), max(lengths) + max_new)
@@ -235,5 +281,5 @@ class Model:
             cos, sin = self.cos[at, None], self.sin[at, None]  # [B, 1, 1, D]
         x = F.embedding(ids.to(self.device), self.weights.embedding)
         for layer, weights in enumerate(self.weights.blocks):
-            x = block(x, weights, self.config, layer, cos, sin, attend)
+            x = block(x, weights, self.config, layer, cos, sin, attend, self.impl)
         return F.rms_norm(x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)

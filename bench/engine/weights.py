@@ -102,7 +102,9 @@ class RealSource:
             self.specs = compressed_tensors.specs(checkpoint.config, list(checkpoint.names))
         elif quantised := checkpoint.config.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise FormatError(f"{self.path}/config.json: quant_method {method!r} is not known; known: compressed-tensors")
+            raise FormatError(
+                f"{self.path}/config.json: quant_method {method!r} is not known; known: compressed-tensors"
+            )
         if self.specs and spec is not None and spec != self.main_spec:
             raise FormatError(f"{self.path}: is {self.main_spec} already, not {spec}; give the 16-bit checkpoint")
 
@@ -191,6 +193,31 @@ def build(
     return Weights(embedding, tuple(blocks), norm, head, tuple(notes), sum(errors) / len(errors) if errors else None)
 
 
+def one_block(
+    config: Config, source: Source, *, dtype: torch.dtype, device: torch.device, impl: str | None = None
+) -> Block:
+    """The first block alone, ready to run: for probes that need no whole model."""
+    return _block(config, source, "model.layers.0.", dtype, device, impl, {})
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The same weights with every 16-bit or fp32 tensor in `dtype`; quantised ones are shared, a tied head stays tied."""
+
+    def one(value: Weight | None) -> Weight | None:
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    embedding = weights.embedding.to(dtype)
+    head = embedding if weights.head is weights.embedding else one(weights.head)
+    blocks = []
+    for b in weights.blocks:
+        parts = {name: one(value) for name, value in vars(b).items()}
+        for name in _FUSED:
+            if isinstance(getattr(b, name), QuantTensor):
+                parts[f"{name}_bias"] = getattr(b, f"{name}_bias")
+        blocks.append(Block(**parts))
+    return replace(weights, embedding=embedding, blocks=tuple(blocks), norm=weights.norm.to(dtype), head=head)
+
+
 def int8_head(weights: Weights, config: Config, dtype: torch.dtype, impl: str | None = None) -> Weights:
     """The same weights with a load-time int8 copy of the head, one scale per row; the embedding keeps its 16 bits."""
     head = weights.head
@@ -219,7 +246,9 @@ def _block(
         linears[name] = _ready(join(parts, dtype, notes), dtype, device, impl, notes)
         biases[name] = None
         if has_bias[name]:
-            biases[name] = torch.cat([source.tensor(f"{prefix}{m}.bias", (shapes[m][0],)) for m in members])
+            bias = torch.cat([source.tensor(f"{prefix}{m}.bias", (shapes[m][0],)) for m in members])
+            # Quantised ops add their bias in fp32; torch's matmul wants the type of x.
+            biases[name] = bias.float() if isinstance(linears[name], QuantTensor) else bias
     qk_norm = None
     if config.qk_norm:
         norms = [source.tensor(f"{prefix}self_attn.{n}_norm.weight", (config.head_dim,)) for n in "qk"]
@@ -260,7 +289,9 @@ def join(parts: Sequence[Weight], dtype: torch.dtype, notes: dict[str, None]) ->
     return torch.cat([affine.dequantize(p, dtype) if isinstance(p, QuantTensor) else p for p in parts])
 
 
-def _ready(weight: Weight, dtype: torch.dtype, device: torch.device, impl: str | None, notes: dict[str, None]) -> Weight:
+def _ready(
+    weight: Weight, dtype: torch.dtype, device: torch.device, impl: str | None, notes: dict[str, None]
+) -> Weight:
     """A quantised weight packed for its body, or dequantised with a note when no kernel serves its spec."""
     if not isinstance(weight, QuantTensor):
         return weight.contiguous()

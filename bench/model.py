@@ -1,0 +1,435 @@
+"""`percard bench model`: prefill and decode of a whole model, FP16 against quantised, A B A B in one process.
+
+    1  a one-layer probe per phase finds the fastest float dtype of torch: that is the baseline, and it is named
+    2  baseline and variants are loaded side by side through the same engine
+    3  real weights pass the quality gate first (bench/quality.py); red = the row has no speed. Synthetic weights have
+       no quality: their rows say so, or carry the gate that was measured on another model
+    4  prefill of `prompt` tokens, then `new` greedy steps from that depth: rounds in turn, median and spread
+    5  the noise floor: the baseline against itself, in the same rounds
+
+One Record per side and phase. Loading and packing lie outside the timed region, quantising activations inside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats.checkpoint import Checkpoint
+from ..formats.compressed_tensors import claims
+from ..formats.spec import FormatError, QuantSpec
+from . import card, clock, quality, record
+from .engine import Model, load, load_config
+from .engine.config import Config
+from .probe import FLOATS, PHASES, Probe, probe
+from .record import Record
+
+BASELINE = "baseline"
+_AGAIN = "baseline again"  # the A/A run: its distance from the baseline is the noise floor
+_CACHE_SHARE = 4  # weights must be so many times the cache, or a part of them never leaves it
+
+
+class NotComparable(ValueError):
+    """These sides cannot be compared fairly here; the text says why and what to change. Exit code 3."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to time. `prompt` and `new` tokens, `layers` of the model (None = all, or as many as `budget_s` allows)."""
+
+    prompt: int = 512
+    new: int = 32
+    batch: int = 1
+    rounds: int = 3
+    layers: int | None = None
+    budget_s: float | None = None
+    head: str = "int8-row"
+    seed: int = 0
+
+
+@dataclass
+class Side:
+    """One line of the comparison: its models by phase (they share weights), how it is named, its quality section."""
+
+    name: str
+    spec: QuantSpec | None
+    head: str
+    models: dict[str, Model]
+    quality: dict[str, Any]
+    load_s: float
+    twin: bool = False  # the 16-bit head beside an int8 one: decode only
+
+    @property
+    def timed(self) -> bool:
+        return self.quality.get("gate") != "red"
+
+
+def run(
+    source: str | Path,
+    specs: Sequence[str | QuantSpec] = (),
+    *,
+    plan: Plan | None = None,
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    gates: Mapping[str, Mapping[str, Any]] | None = None,
+    out: str | Path | None = None,
+    impl: str | None = None,
+    device: torch.device | None = None,
+    progress: Callable[[str], None] | None = None,
+    command: str = "",
+) -> list[Record]:
+    """Times `source` (a checkpoint, or `shape:<name>`) in 16 bits and in each of `specs`; records baseline first.
+
+    A quantised checkpoint is its own spec and needs `against`, the 16-bit checkpoint it came from. Real weights need
+    `text`, a held-out UTF-8 file for the gate; `gates` {spec or "baseline": quality section} brings one measured
+    elsewhere (the section names its model). `out` appends each record to a JSONL file as it is made. `progress` gets a
+    line of words per step. FormatError for bad input, NotComparable when a fair comparison is not possible here.
+    """
+    plan = plan or Plan()
+    say = progress or (lambda words: None)
+    where = device or card.default_device()
+    started = time.perf_counter()
+    parsed = [QuantSpec.parse(s) if isinstance(s, str) else s for s in specs]
+    reference, parsed, config = _sources(source, parsed, against)
+    if not str(source).startswith("shape:") and text is None and gates is None:
+        raise FormatError(f"{source}: real weights need a held-out text for the quality gate; give --text FILE")
+    if plan.prompt + plan.new > config.context:
+        raise FormatError(f"{source}: {plan.prompt} + {plan.new} tokens are above the context of {config.context}")
+
+    probes = _probes(config, parsed, plan, where, impl, say)
+    config, plan = _choose_layers(config, probes, plan)
+    _memory_fits(config, parsed, where)
+    noisy = card.noise(where) + _cache_noise(config, probes, where)
+    sides = _load_sides(source, reference, parsed, config, plan, probes, where, impl, say)
+    _gate(sides, reference, text, gates or {}, say)
+    timed = {side.name: side for side in sides if side.timed}
+    say(f"timing prefill of {plan.prompt} tokens, {plan.rounds} rounds of {len(timed)}")
+    samples = {"prefill": _time_prefill(timed, plan, where), "decode": {}}
+    say(f"timing {plan.new} decode steps at depth {plan.prompt}, {plan.rounds} rounds of {len(timed) + 1}")
+    samples["decode"] = _time_decode(timed, plan, where)
+    again = samples["decode"].pop(_AGAIN)
+    floor = abs(clock.ratio(samples["decode"][BASELINE], again).median - 1) * 100
+    seconds = time.perf_counter() - started
+
+    shared = _shared(where, floor, command)
+    shared["clock"] = {"mode": "wall", "l2": "warm", "rounds": plan.rounds, "calls_per_sample": 1, "warmup": 1}
+    shared["clock"] |= {"noisy": noisy, "power": "sustained"}
+    records = []
+    for side in sides:
+        for phase in PHASES:
+            if not (side.twin and phase == "prefill"):
+                row = _record(side, phase, samples[phase], sides[0], plan, config, probes, shared, seconds)
+                records.append(row)
+                if out is not None:
+                    record.append(out, row)
+    return records
+
+
+def _sources(
+    source: str | Path, specs: list[QuantSpec], against: str | Path | None
+) -> tuple[str | Path, list[QuantSpec], Config]:
+    """(where the 16-bit weights are, specs to time, config of the source)."""
+    if str(source).startswith("shape:"):
+        if against is not None:
+            raise FormatError(f"{source}: synthetic weights are their own 16-bit side; drop --against")
+        return source, specs, load_config(source)
+    config = load_config(source)
+    if not claims(Checkpoint.open(Path(source)).config):
+        return source, specs, config
+    if specs:
+        raise FormatError(f"{source}: is quantised already, so --specs has no meaning; give the 16-bit checkpoint")
+    if against is None:
+        raise FormatError(f"{source}: is quantised; name the 16-bit checkpoint it came from with --against")
+    return against, [], config
+
+
+def _probes(
+    config: Config, specs: Sequence[QuantSpec], plan: Plan, device: torch.device, impl: str | None, say: Callable
+) -> dict[str, Probe]:
+    """A probe of the baseline over all float dtypes, and of each spec over the dtypes that won."""
+    floats = list(FLOATS) if device.type == "cpu" else [config.dtype]
+    options: dict[str, Any] = {"device": device, "prompt": plan.prompt, "batch": plan.batch}
+    say(f"probing one layer in {', '.join(FLOATS[d] for d in floats)}")
+    found = {BASELINE: probe(config, None, floats, **options)}
+    winners = list(dict.fromkeys(found[BASELINE].fastest(phase) for phase in PHASES))
+    for spec in specs:
+        say(f"probing one layer in {spec}")
+        found[str(spec)] = probe(config, spec, winners, impl=impl, **options)
+    return found
+
+
+def _choose_layers(config: Config, probes: Mapping[str, Probe], plan: Plan) -> tuple[Config, Plan]:
+    """The number of layers asked for, or as many (2 at least) as the probes say fit `budget_s`."""
+    layers = config.layers if plan.layers is None else plan.layers
+    if not 1 <= layers <= config.layers:
+        raise FormatError(f"{config.name}: layers={layers} is outside 1 .. {config.layers}")
+    if plan.layers is None and plan.budget_s is not None:
+        head_in_blocks = config.vocab * config.hidden / config.block_parameters()
+        fixed = per_layer = 0.0
+        for found in probes.values():
+            prefill, decode = (found.seconds[p][found.fastest(p)] for p in PHASES)
+            per_layer += prefill + plan.new * decode
+            fixed += plan.new * decode * head_in_blocks
+        turns = plan.rounds + 1  # one warms up
+        layers = int((plan.budget_s / turns - fixed) / per_layer)
+        layers = max(min(layers, config.layers), min(2, config.layers))
+    return replace(config, layers=layers), replace(plan, layers=layers)
+
+
+def _memory_fits(config: Config, specs: Sequence[QuantSpec], device: torch.device) -> None:
+    """NotComparable when the sides do not fit memory together: A B A B needs them there at the same time."""
+    blocks, table = config.layers * config.block_parameters(), config.vocab * config.hidden
+    tables = 1 if config.tied else 2
+    need = 2 * (blocks + tables * table)
+    for spec in specs:
+        need += int(blocks * (spec.weight_bits if spec.weight_bits != 3 else 16) / 8 * 1.05) + 3 * tables * table
+    free = card.free_bytes(device)
+    if need > free:
+        raise NotComparable(
+            f"{config.name}: baseline and {len(specs)} variants need {need / 1e9:.1f} GB together and "
+            f"{free / 1e9:.1f} GB are free; give fewer --specs, or --layers N"
+        )
+
+
+def _cache_noise(config: Config, probes: Mapping[str, Probe], device: torch.device) -> list[str]:
+    """Weights that stay in cache make every figure too good: refused on a card, said in the row on a CPU."""
+    size, weights = card.last_level_cache(device), 2 * config.layers * config.block_parameters()
+    if not size or weights >= _CACHE_SHARE * size:
+        return []
+    words = f"weights of {weights / 2**20:.0f} MiB (16-bit) would stay in the {size / 2**20:.0f} MiB cache"
+    if device.type == "cuda":
+        raise NotComparable(f"{config.name}: {words}; give more --layers")
+    return [f"cache: {words}"]
+
+
+def _load_sides(
+    source: str | Path,
+    reference: str | Path,
+    specs: Sequence[QuantSpec],
+    config: Config,
+    plan: Plan,
+    probes: Mapping[str, Probe],
+    device: torch.device,
+    impl: str | None,
+    say: Callable,
+) -> list[Side]:
+    """Baseline, then each variant with the head asked for and, beside an int8 head, with the 16-bit one."""
+    options: dict[str, Any] = {
+        "layers": config.layers,
+        "max_len": plan.prompt + plan.new,
+        "device": device,
+        "seed": plan.seed,
+    }
+
+    def models(where: str | Path, spec: QuantSpec | None, found: Probe) -> tuple[dict[str, Model], float]:
+        begin = time.perf_counter()
+        dtypes = {phase: found.fastest(phase) for phase in PHASES}
+        decode = load(where, spec=spec, dtype=dtypes["decode"], impl=impl if spec else None, **options)
+        return {"prefill": decode.with_dtype(dtypes["prefill"]), "decode": decode}, time.perf_counter() - begin
+
+    say(f"loading {reference} in 16 bits, {config.layers} layers")
+    held, seconds = models(reference, None, probes[BASELINE])
+    sides = [Side(BASELINE, None, "16bit", held, {}, seconds)]
+    wanted: list[QuantSpec | None] = list(specs)
+    if reference != source:
+        wanted = [None]  # the checkpoint knows its own spec
+    for spec in wanted:
+        say(f"loading {source} as {spec or 'what it is'}")
+        held, seconds = models(source, spec, probes[str(spec) if spec else BASELINE])
+        found = held["decode"].spec
+        name = str(found)
+        if plan.head == "int8-row":
+            begin = time.perf_counter()
+            int8 = held["decode"].with_head("int8-row")
+            both = {"prefill": int8.with_dtype(held["prefill"].dtype), "decode": int8}
+            sides.append(Side(name, found, "int8-row", both, {}, seconds + time.perf_counter() - begin))
+            sides.append(Side(f"{name} 16bit head", found, "16bit", held, {}, seconds, twin=True))
+        else:
+            sides.append(Side(name, found, "16bit", held, {}, seconds))
+    return sides
+
+
+def _gate(
+    sides: list[Side],
+    reference: str | Path,
+    text: str | Path | None,
+    gates: Mapping[str, Mapping[str, Any]],
+    say: Callable,
+) -> None:
+    """Fills the quality section of every side: measured on `text`, brought in `gates`, or synthetic."""
+    base = sides[0].models["decode"]
+    ids = None if text is None else quality.read_ids(text, reference, 16384)
+    for side in sides:
+        brought = gates.get(side.name, gates.get(str(side.spec) if side.spec else BASELINE))
+        if ids is not None and side.spec is not None:
+            say(f"quality of {side.name} on {len(ids)} tokens")
+            model = side.models["decode"]
+            found = quality.compare(base, model, ids, min(base.max_len, 2048))
+            verdict = quality.gate(found, side.spec, quality.is_small(model))
+            side.quality = quality.section(found, verdict, base.config.name)
+            sides[0].quality = quality.reference_section(found, base.config.name)
+        elif brought is not None:
+            side.quality = dict(brought)
+        elif base.synthetic and side.spec is not None:
+            noise = side.models["decode"].weights.sqnr_db
+            side.quality = {"gate": "synthetic", "reasons": ["speed at true shapes, quality not measured"]}
+            side.quality |= {"model": None, "sqnr_db": noise}
+        elif not side.quality:
+            side.quality = {"gate": "synthetic" if base.synthetic else "none", "reasons": [], "model": None}
+
+
+def _time_prefill(sides: Mapping[str, Side], plan: Plan, device: torch.device) -> dict[str, clock.Sample]:
+    ids, caches, calls = {}, {}, {}
+    for name, side in sides.items():
+        if side.twin:  # the head reads one row here: the prefill is that of the side with the int8 head
+            continue
+        model = side.models["prefill"]
+        caches[name] = model.new_cache(plan.batch, plan.prompt)
+        calls[name] = lambda m=model, n=name: m.prefill(ids[n], caches[n])
+
+    def before(name: str, turn: int) -> None:
+        ids[name] = _tokens(sides[name].models["prefill"].config.vocab, (plan.batch, plan.prompt), turn, device)
+        caches[name].rewind()
+
+    return clock.ab(calls, rounds=plan.rounds, device=device, before=before)
+
+
+def _time_decode(sides: Mapping[str, Side], plan: Plan, device: torch.device) -> dict[str, clock.Sample]:
+    """Seconds of one greedy step, from `new` steps in a row."""
+    caches, calls, firsts = {}, {}, {}
+    prompt = None
+    for name, side in sides.items():
+        model = side.models["decode"]
+        prompt = _tokens(model.config.vocab, (plan.batch, plan.prompt), 0, device) if prompt is None else prompt
+        caches[name] = model.new_cache(plan.batch, plan.prompt + plan.new)
+        # What attention reads has the scale of real keys and values; a prefill per side would cost more than it says.
+        caches[name].keys.normal_()
+        caches[name].values.normal_()
+
+        def steps(model: Model = model, name: str = name) -> None:
+            tokens = firsts[name]
+            for _ in range(plan.new):
+                tokens = model.step(tokens, caches[name]).argmax(dim=-1)
+
+        calls[name] = steps
+    calls[_AGAIN], caches[_AGAIN] = calls[BASELINE], caches[BASELINE]
+
+    def before(name: str, turn: int) -> None:
+        of = BASELINE if name == _AGAIN else name
+        caches[of].rewind(plan.prompt)
+        firsts[of] = _tokens(sides[of].models["decode"].config.vocab, (plan.batch,), turn, device)
+
+    whole = clock.ab(calls, rounds=plan.rounds, device=device, before=before)
+    return {name: clock.Sample.of([s / plan.new for s in sample.samples]) for name, sample in whole.items()}
+
+
+def _tokens(vocab: int, shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:
+    """Seeded random ids: the same for every side of a round, fresh in each round."""
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed + 1)).to(device)
+
+
+def _shared(device: torch.device, noise_floor_pct: float, command: str) -> dict[str, dict[str, Any]]:
+    """Sections that every record of this run has in common."""
+    found = card.fingerprint(device)
+    rate = card.read_bandwidth(device) / 1e9
+    if device.type == "cuda":
+        found["card"] |= {"roof": {"copy_gbs": rate}, "noise_floor_pct": noise_floor_pct}
+    else:
+        found["cpu"] = found["cpu"] | {"read_gbs": rate, "noise_floor_pct": noise_floor_pct}
+    return found | {"code": record.code_section(command)}
+
+
+def _record(
+    side: Side,
+    phase: str,
+    samples: Mapping[str, clock.Sample],
+    base: Side,
+    plan: Plan,
+    config: Config,
+    probes: Mapping[str, Probe],
+    shared: Mapping[str, dict[str, Any]],
+    seconds: float,
+) -> Record:
+    model, spec = side.models[phase], side.spec
+    baseline = FLOATS[base.models[phase].dtype]
+    named = str(spec) if spec else FLOATS[model.dtype]
+    case = f"pp{plan.prompt}.b{plan.batch}" if phase == "prefill" else f"tg{plan.new}.d{plan.prompt}.b{plan.batch}"
+    case = f"{config.name}.model.{case}"
+    shape = {"batch": plan.batch, "isl": plan.prompt, "osl": plan.new, "kv_len": plan.prompt}
+    identity = {"case": case, "shape": shape, "spec": named, "head": side.head, "layers": config.layers}
+    machine = shared["card"].get("uuid") or shared["cpu"]["model"]
+
+    def key(of: str, head: str) -> str:
+        return record.cell_key(**(identity | {"spec": of, "head": head}), machine=machine, torch=torch.__version__)
+
+    sample = samples.get(side.name)
+    tokens = latency = roofline = None
+    if sample is not None:
+        work = plan.batch * (plan.prompt if phase == "prefill" else 1)
+        gain = clock.ratio(samples[base.name], sample)
+        versus = {"ratio": gain.median, "ci95": [gain.lo, gain.hi], "batch": plan.batch, "batch_fp16": plan.batch}
+        rate = sample.rate(work).median
+        tokens = {"tok_s_in" if phase == "prefill" else "tok_s": rate, "tok_s_per_card": rate}
+        tokens["vs_fp16"] = {"same_batch": versus | {"baseline_key": key(baseline, "16bit")}}
+        latency = {"median": sample.median, "lo": sample.lo, "hi": sample.hi, "iqr": sample.iqr}
+        latency = {name: value * 1e6 for name, value in latency.items()} | {
+            "samples": [t * 1e6 for t in sample.samples]
+        }
+        roofline = _roofline(model, phase, plan, sample, shared) if phase == "decode" else None
+    return Record(
+        cell_key=key(named, side.head),
+        level="model",
+        case=case,
+        seconds=seconds,
+        code=shared["code"],
+        env=shared["env"],
+        card=shared["card"],
+        cpu=shared["cpu"],
+        model={
+            "id": config.name,
+            "weights": "synthetic" if model.synthetic else "real",
+            "layers_run": config.layers,
+            "layers": load_config(model.source).layers,
+        },
+        shape=shape,
+        scheme={
+            "spec": named,
+            "weight_bits": spec.weight_bits if spec else model.dtype.itemsize * 8,
+            "act_bits": spec.act_bits if spec else model.dtype.itemsize * 8,
+            "group": spec.group if spec else None,
+            "symmetric": spec.symmetric if spec else None,
+            "head": side.head,
+            "notes": list(model.notes),
+        },
+        body={
+            "impl": model.kernel,
+            "isa": model.isa,
+            "dtype": FLOATS[model.dtype],
+            "baseline_dtype": baseline,
+            "baseline_probe": probes[BASELINE].words(phase),
+            "same_fusions": True,
+            "attention_body": "torch scaled_dot_product_attention",
+        },
+        clock=shared["clock"] | {"drift": bool(sample and sample.drift)},
+        latency_us=latency,
+        tokens=tokens,
+        roofline=roofline,
+        memory={"weights": model.nbytes, "kv": plan.batch * (plan.prompt + plan.new) * model.kv_bytes_per_token}
+        | {"load_s": side.load_s},
+        quality=side.quality,
+    )
+
+
+def _roofline(
+    model: Model, phase: str, plan: Plan, sample: clock.Sample, shared: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Bytes that one decode step reads at least, and its share of the read rate measured here."""
+    depth = plan.prompt + plan.new / 2
+    moved = model.step_bytes + plan.batch * depth * model.kv_bytes_per_token
+    roof = shared["cpu"].get("read_gbs") or shared["card"]["roof"]["copy_gbs"]
+    return {"bytes": int(moved), "bound": "mem", "pct_of_roof": 100 * moved / sample.median / (roof * 1e9)}

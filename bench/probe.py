@@ -1,0 +1,113 @@
+"""The one-layer probe: which float dtype is fastest for a phase on this machine, and how long a model will take.
+
+FP16 in "against FP16" means the fastest float dtype that torch has here, per phase. Which one that is differs by
+machine (bf16 where there are bf16 units, fp32 on an AVX2 CPU for prefill), so it is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.spec import QuantSpec
+from . import clock
+from .engine import rope
+from .engine.cache import Cache
+from .engine.config import Config
+from .engine.model import block, causal, step_into
+from .engine.weights import SyntheticSource, one_block
+
+PHASES = ("prefill", "decode")
+FLOATS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Seconds of one decoder block by phase and dtype; `failed` says why a dtype has none. Decode is one token."""
+
+    seconds: dict[str, dict[torch.dtype, float]]
+    failed: dict[torch.dtype, str]
+
+    def fastest(self, phase: str) -> torch.dtype:
+        """The dtype with the least time. RuntimeError when no dtype ran."""
+        found = self.seconds[phase]
+        if not found:
+            raise RuntimeError(f"no float dtype ran one layer: {'; '.join(self.failed.values())}")
+        return min(found, key=lambda dtype: found[dtype])
+
+    def words(self, phase: str) -> str:
+        """The times in ms, fastest first: "bf16 2.31 ms, fp32 3.90 ms"."""
+        found = sorted(self.seconds[phase].items(), key=lambda item: item[1])
+        return ", ".join(f"{FLOATS[dtype]} {seconds * 1e3:.2f} ms" for dtype, seconds in found)
+
+
+def probe(
+    config: Config,
+    spec: QuantSpec | None,
+    dtypes: Sequence[torch.dtype],
+    *,
+    device: torch.device,
+    prompt: int,
+    batch: int = 1,
+    impl: str | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Probe:
+    """Times one block of random weights at the true shape: `prompt` tokens at once, and one token at that depth.
+
+    The same weights in each dtype, quantised to `spec` first (None = as they are). A dtype that torch cannot run is
+    left out with its reason.
+    """
+    seconds: dict[str, dict[torch.dtype, float]] = {phase: {} for phase in PHASES}
+    failed: dict[torch.dtype, str] = {}
+    for dtype in dtypes:
+        try:
+            for phase, taken in _one(config, spec, dtype, device, prompt, batch, impl, now).items():
+                seconds[phase][dtype] = taken
+        except (RuntimeError, NotImplementedError) as error:
+            failed[dtype] = f"{FLOATS[dtype]}: {str(error).splitlines()[0]}"
+    return Probe(seconds, failed)
+
+
+@torch.inference_mode()
+def _one(
+    config: Config,
+    spec: QuantSpec | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    prompt: int,
+    batch: int,
+    impl: str | None,
+    now: Callable[[], float],
+) -> dict[str, float]:
+    weights = one_block(config, SyntheticSource(dtype, device, spec, 0), dtype=dtype, device=device, impl=impl)
+    cos, sin = rope.tables(config.rope, config.head_dim, prompt + 1, dtype, device)
+    x = torch.randn(batch, prompt, config.hidden, device=device).to(dtype)
+    cache = Cache.new(config, batch, prompt + 1, dtype, device, layers=1)
+    cache.rewind(prompt)
+
+    def prefill() -> None:
+        block(x.clone(), weights, config, 0, cos[:prompt], sin[:prompt], causal, impl)
+
+    def decode() -> None:
+        block(x[:, -1:].clone(), weights, config, 0, cos[prompt:], sin[prompt:], step_into(cache, device), impl)
+
+    return {"prefill": _best(prefill, device, now), "decode": _best(decode, device, now)}
+
+
+def _best(function: Callable[[], None], device: torch.device, now: Callable[[], float]) -> float:
+    """The best of a few calls after one that warms up; a slow body is called twice only."""
+    best, start = float("inf"), now()
+    for turn in range(9):
+        clock.synchronize(device)
+        begin = now()
+        function()
+        clock.synchronize(device)
+        end = now()
+        if turn > 0:
+            best = min(best, end - begin)
+            if end - start > 0.5:
+                break
+    return best
