@@ -1,0 +1,305 @@
+"""The command line: parse, call one function, print. `percard --help` loads neither torch nor a floor of the house."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__, console
+
+ROOT_HELP = """Turn a Hugging Face checkpoint into INT8 or INT4, check it, run it, measure it against FP16.
+
+\b
+  percard doctor                                         what serves on this machine, and what does not
+  percard quantize Qwen3-8B --spec w4a16-g128 --out out/q   a folder or a hub id becomes compressed-tensors
+  percard verify out/q --against Qwen3-8B --text held.txt   re-open, compare, KL and top-1 against FP16
+  percard generate out/q --prompt "def add(a, b):"          let it speak
+  percard bench model Qwen3-8B --specs w4a16-g128           tokens per second against FP16
+
+\b
+A spec says what a weight becomes:  w8a8  w4a16-g128  w4a8-g128  w8a16  w4a16-g64-asym ...
+  wX bits of a weight, aY bits of an activation, -gN weights that share a scale, -asym with zero points.
+
+\b
+Exit codes, the same for every verb: 0 done, 1 error, 2 bad input, 3 refused by preflight or not comparable,
+4 quality gate red, 5 cut but valid, 130 interrupted. Results go to stdout, progress and errors to stderr;
+with --json both are JSON, one object a line. PERCARD_TRACEBACK=1 adds a traceback to an error.
+"""
+
+QUANTIZE_HELP = """Quantise the checkpoint SRC to SPEC and write it to OUT, shard by shard, in a format that others load.
+
+\b
+  percard quantize ./Qwen3-8B --spec w4a16-g128 --out out/w4
+  percard quantize Qwen/Qwen3-8B --spec w8a8 --out out/w8      from the hub, if huggingface_hub is installed
+  percard quantize ./Qwen3-8B --spec w4a16-g128 --dry-run      what it would do and need; reads no weights
+  percard quantize ./Qwen3-8B --spec w8a8 --print-recipe       the same wish as a file, to edit
+  percard quantize ./Qwen3-8B --recipe mine.yaml --out out/q   per-layer specs live in a recipe
+
+SRC stays untouched. OUT must not exist, or --force. What was written is opened again and checked before it counts.
+"""
+
+VERIFY_HELP = """Open DST again and compare it with the checkpoint it was made from.
+
+\b
+  percard verify out/w4 --against ./Qwen3-8B                    names, shapes, scales, error of every layer
+  percard verify out/w4 --against ./Qwen3-8B --level bytes      names, dtypes, shapes, side files only
+  percard verify out/w4 --against ./Qwen3-8B --text held.txt    KL, top-1 and perplexity; exit 4 when the gate is red
+
+Take a text that was never used for training or calibration.
+"""
+
+GENERATE_HELP = """Complete a prompt with the model in DIR, FP16 or quantised.
+
+\b
+  percard generate out/w4 --prompt "def add(a, b):" --max-new 64
+  percard generate out/w4 --prompt "import " --temperature 0.7 --top-p 0.9 --seed 3
+"""
+
+BENCH_MODEL_HELP = """Tokens per second of whole models against FP16: prefill and decode, A B A B, with spread.
+
+\b
+  percard bench model shape:qwen3-0.6b --specs w8a8,w4a16-g64     synthetic weights at true shapes, no download
+  percard bench model shape:qwen3-8b --specs w4a16-g128 --layers 4
+  percard bench model ./Qwen3-8B --specs w8a8,w4a8-g128 --json    one record a line
+
+FP16 is the fastest float type of torch on this machine, found by a probe and named in every row.
+"""
+
+INSPECT_HELP = """Compile the Triton kernels for other cards, without a card: registers, spills, MMA kind, shared memory.
+
+\b
+  percard inspect --arch sm_80,sm_90
+  percard inspect matmul_w4a16 --arch sm_90 --json
+"""
+
+DOCTOR_HELP = """What this machine is, which body of each op serves here, and why the others refuse."""
+
+DEMO_HELP = """The whole road on the small model that ships with the source: quantise, gate, time, one table.
+
+\b
+  percard demo                  about 8 minutes on 2 cores; writes out/demo/report.md, report.json, pareto.png
+  percard demo --quick          the short one that CI runs
+"""
+
+app = typer.Typer(
+    help=ROOT_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+bench_app = typer.Typer(
+    help="Measure: tokens per second against FP16, never without quality and spread beside it.",
+    short_help="Measure: tokens per second against FP16.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench_app, name="bench")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"percard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    as_json: AsJson = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    if as_json:  # `percard --json verb` means `percard verb --json`
+        verbs = ("quantize", "verify", "generate", "doctor", "inspect", "demo")
+        context.default_map = {verb: {"as_json": True} for verb in verbs} | {"bench": {"model": {"as_json": True}}}
+
+
+@app.command(help=QUANTIZE_HELP, short_help="A checkpoint becomes INT8 or INT4.")
+def quantize(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id such as Qwen/Qwen3-8B.")],
+    spec: Annotated[str | None, typer.Option(help="What weights become, such as w4a16-g128.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
+    method: Annotated[str, typer.Option(help="How codes are found.")] = "rtn",
+    calibration: Annotated[Path | None, typer.Option(help="JSONL text for methods that calibrate.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with all of it, instead of --spec.")] = None,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe these flags mean; stop.")] = False,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and what it needs; stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    plan = compose.recipe(spec, method=method, calibration=calibration, file=recipe)
+    if print_recipe:
+        console.emit_json(plan.to_dict()) if as_json else print(plan.to_yaml(), end="")
+        return
+    if dry_run:
+        preflight = compose.preflight(src, plan, out)
+        _show(preflight, as_json)
+        raise typer.Exit(console.DONE if preflight.ok else console.REFUSED)
+    target = out if out is not None else Path(plan.out) if plan.out else None
+    if target is None:
+        raise typer.BadParameter("--out is missing; name the folder to write")
+    with console.showing_progress(as_json) as progress:
+        report = compose.quantize(src, target, recipe=plan, force=force, progress=progress)
+    _show(report, as_json)
+
+
+@app.command(help=VERIFY_HELP, short_help="Re-open what was written, compare with its source.")
+def verify(
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="What `quantize` wrote.")],
+    against: Annotated[str, typer.Option(help="The source checkpoint: a folder or a hub id.")],
+    text: Annotated[Path | None, typer.Option(help="Held-out text, UTF-8; adds KL and top-1 against the source.")] = None,
+    level: Annotated[str, typer.Option(help="bytes or weights.")] = "weights",
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    with console.showing_progress(as_json) as progress:
+        verdict = compose.verify(dst, against, level=level, text=text, progress=progress)
+    _show(verdict, as_json)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command(help=GENERATE_HELP, short_help="Complete a prompt.")
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder, FP16 or quantised.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new: Annotated[int, typer.Option("--max-new", min=1, help="Tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    done = compose.generate(path, prompt, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
+    if as_json:
+        console.emit_json(done)
+    else:
+        print(done.prompt + done.text)
+        print(f"[{done.tokens} tokens, {done.tokens_per_s:.1f} tok/s, {done.spec}]", file=sys.stderr)
+
+
+@bench_app.command("model", help=BENCH_MODEL_HELP, short_help="Whole models: prefill and decode.")
+def bench_model(
+    source: Annotated[str, typer.Argument(metavar="DIR|shape:NAME", help="A folder, or shape:qwen3-0.6b and its kin.")],
+    specs: Annotated[str, typer.Option(help="Specs to compare with FP16, with commas.")] = "",
+    against: Annotated[Path | None, typer.Option(help="The 16-bit source, when DIR is quantised already.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text for the quality gate of real weights.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Run only so many blocks; every row says so.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="Tokens of decode, after them.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 3,
+    head: Annotated[str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")] = "int8-row",
+    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    records = compose.bench_model(
+        source,
+        [name for name in specs.split(",") if name],
+        against=against,
+        text=text,
+        plan={"layers": layers, "prompt": prompt, "new": new, "batch": batch, "rounds": rounds, "head": head},
+        out=out,
+        progress=console.showing_steps(as_json),
+    )
+    if as_json:
+        for record in records:
+            print(record.to_json(), flush=True)
+    else:
+        for part in compose.show_records(records):
+            console.console().print(part, markup=False)
+    if any((record.quality or {}).get("gate") == "red" for record in records):
+        raise typer.Exit(console.GATE_RED)
+
+
+@app.command(help=DOCTOR_HELP, short_help="What serves on this machine, and what does not.")
+def doctor(as_json: AsJson = False) -> None:
+    from . import doctor as examination
+
+    _show(examination.examine(), as_json, examination.show)
+
+
+@app.command("inspect", help=INSPECT_HELP, short_help="Compile the Triton kernels for other cards, without a card.")
+def inspect_kernels(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops; all by default.")] = None,
+    arch: Annotated[str, typer.Option(help="Architectures, with commas.")] = "sm_80,sm_89,sm_90,sm_100",
+    as_json: AsJson = False,
+) -> None:
+    from .kernels import inspection
+
+    rows = inspection.run(ops or None, arch.split(","))
+    console.emit_json(rows) if as_json else console.console().print(inspection.table(rows))
+
+
+@app.command(help=DEMO_HELP, short_help="The whole road on a small model, in one table.")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and report.")] = Path("out/demo"),
+    model: Annotated[Path | None, typer.Option(help="Small checkpoint; default: examples/tiny-qwen3.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, shorter text, one round: for CI.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    with console.showing_progress(as_json) as progress:
+        report = compose.demo(out, model=model, quick=quick, say=None if as_json else _say, progress=progress)
+    if as_json:
+        console.emit_json(report.data)
+    raise typer.Exit(report.exit_code)
+
+
+def _say(*renderables: Any) -> None:
+    console.console().print(*renderables, sep="\n")
+
+
+def _show(result: Any, as_json: bool, render: Any = None) -> None:
+    """A result on stdout: JSON, or what `render` (or its own `show`) makes of it."""
+    if as_json:
+        console.emit_json(result.to_dict() if hasattr(result, "to_dict") else result)
+        return
+    for part in render(result) if render is not None else result.show():
+        console.console().print(part, markup=False)
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # `kill` ends a verb as tidily as Ctrl-C
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command line and returns the exit code; errors are one line on stderr."""
+    words = [a for a in arguments[:2] if not a.startswith("-")]
+    verb = " ".join(["percard", *words[: 2 if words[:1] == ["bench"] else 1]])
+    try:
+        if not arguments:
+            app(args=["--help"], standalone_mode=False, prog_name="percard")
+            return console.BAD_INPUT
+        code = app(args=list(arguments), standalone_mode=False, prog_name="percard")
+    except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return console.DONE
+    except (KeyboardInterrupt, typer.Abort):
+        return console.fail(KeyboardInterrupt(), verb, "--json" in arguments)
+    except Exception as error:
+        return console.fail(error, verb, "--json" in arguments)
+    return code if isinstance(code, int) else console.DONE
+
+
+def main() -> None:
+    """Entry point of the `percard` command."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))

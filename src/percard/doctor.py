@@ -1,0 +1,220 @@
+"""What this machine is, which body of each op would serve here, and why the others refuse."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .formats import affine, layout
+from .formats.spec import QuantSpec
+from .kernels import device
+from .kernels.op import Unsupported, native
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .formats.tensor import QuantTensor
+    from .kernels.op import Body, Op
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "compressed-tensors", "huggingface_hub", "vllm", "sglang")
+K, N, M = 256, 128, 4  # a call small enough to make in a moment, and a multiple of every tile
+SERVES, STANDS_BY, ON_REQUEST, REFUSES = "serves", "stands by", "on request", "refuses"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One body of one op for tensors on `device`. `state` is one of the four words above; `reason` if it refuses."""
+
+    op: str
+    spec: str | None
+    device: str
+    body: str
+    state: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`machine` and `packages` are flat facts for people; `ops` has a row per op, device and body."""
+
+    machine: dict[str, Any]
+    packages: dict[str, str | None]
+    ops: tuple[Row, ...]
+    advice: tuple[str, ...]
+
+
+def examine() -> Diagnosis:
+    """Asks the machine; allocates a few kilobytes on a card when there is one."""
+    rows = [row for op, spec in _ops() for where in _devices() for row in _bodies(op, spec, where)]
+    machine = _machine()
+    return Diagnosis(machine, {name: _version(name) for name in PACKAGES}, tuple(rows), tuple(_advice(machine, rows)))
+
+
+def show(diagnosis: Diagnosis) -> list[RenderableType]:
+    """What `percard doctor` prints: the machine, the packages, a table of ops, advice."""
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in diagnosis.machine.items():
+        facts.add_row(name.replace("_", " "), _words(value))
+    versions = "  ".join(f"{name} {version}" for name, version in diagnosis.packages.items() if version)
+    absent = ", ".join(name for name, version in diagnosis.packages.items() if not version)
+    facts.add_row("packages", versions + (f"  (not installed: {absent})" if absent else ""))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("op", "spec", "on", "body", "", "why"):
+        table.add_column(column, overflow="fold")
+    last = None
+    for row in diagnosis.ops:
+        key = (row.op, row.device)
+        style = {SERVES: "green", REFUSES: "dim"}.get(row.state, "")
+        names = ("", "", "") if key == last else (row.op, row.spec or "", row.device)
+        table.add_row(*names, row.body, f"[{style}]{row.state}[/]" if style else row.state, row.reason or "")
+        last = key
+    return [facts, "", table, *(f"\n{line}" for line in diagnosis.advice)]
+
+
+def _machine() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": _memory_gb(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    try:
+        module = native()
+        facts["cpp_isa"] = module.isa()
+        facts["cpp_isas_here"] = list(module.isas())
+        facts["cpp_threads"] = module.threads()
+    except Unsupported as error:
+        facts["cpp_isa"] = None
+        facts["cpp_missing"] = str(error)
+    facts["cuda_build"] = torch.version.cuda
+    if device.has_card():
+        card = device.card()
+        facts["card"] = f"{card.name}, sm_{card.sm}, {card.sms} SMs, {card.shared_bytes // 1024} kB shared memory"
+        facts["cards"] = torch.cuda.device_count()
+    else:
+        facts["card"] = None
+    return facts
+
+
+def _ops() -> list[tuple[Op, QuantSpec | None]]:
+    """Every op folder, with the spec of weight that it takes (from its name: matmul_w4a16 takes w4a16)."""
+    from . import kernels
+
+    found: list[tuple[Op, QuantSpec | None]] = []
+    for item in sorted(pkgutil.iter_modules(kernels.__path__), key=lambda i: i.name):
+        if item.ispkg:
+            op = getattr(importlib.import_module(f"{kernels.__name__}.{item.name}"), item.name)
+            found.append((op, _spec_of(item.name)))
+    return found
+
+
+def _spec_of(name: str) -> QuantSpec | None:
+    bits = name.removeprefix("matmul_")
+    if bits == name:
+        return None
+    return QuantSpec.parse(bits if bits == "w8a8" else f"{bits}-g128")
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if device.has_card() else ["cpu"]
+
+
+def _bodies(op: Op, spec: QuantSpec | None, where: str) -> list[Row]:
+    """A row per body; each is asked about a weight in the packing it wants, as `prepare` would hand it over."""
+    rows, served = [], False
+    for body in op.bodies:
+        reason = _refusal(op, body, spec, where)
+        if body.name == "reference":
+            state, reason = ON_REQUEST, "exact and slow: impl='reference'"
+        elif reason is not None:
+            state = REFUSES
+        else:
+            state, served = (STANDS_BY if served else SERVES), True
+        rows.append(Row(op.name, None if spec is None else str(spec), where, body.name, state, reason))
+    return rows
+
+
+def _refusal(op: Op, body: Body, spec: QuantSpec | None, where: str) -> str | None:
+    try:
+        return body.refuses(*op.contract.unwrap(*_example(op, body, spec, where)))
+    except (NotImplementedError, ValueError) as error:
+        return str(error)
+
+
+def _example(op: Op, body: Body, spec: QuantSpec | None, where: str) -> tuple[Any, ...]:
+    """Public arguments of a small call."""
+    x = torch.linspace(-1, 1, M * K, device=where, dtype=torch.bfloat16).reshape(M, K)
+    if op.name == "search_scale":
+        return torch.linspace(-1, 1, N * K, device=where).reshape(N, K), QuantSpec.parse("w4a16-g128"), torch.bfloat16
+    if spec is None:
+        return (x,)
+    weight = _weight(spec, body.packing).to(where)
+    if spec.act_bits == 16:
+        return x, weight
+    codes = torch.ones(M, K, dtype=torch.int8, device=where)
+    scale = torch.ones(M, device=where)
+    if spec.weight_bits == 8:
+        return codes, scale, weight
+    return codes, scale, torch.full((M,), K, dtype=torch.int32, device=where), weight
+
+
+def _weight(spec: QuantSpec, packing: str | None) -> QuantTensor:
+    values = torch.linspace(-1, 1, N * K).reshape(N, K)
+    plain = affine.quantize(values, spec, affine.scale_dtype_of(spec, torch.bfloat16))
+    return plain if packing in (None, "plain") else layout.repack(plain, packing)
+
+
+def _advice(machine: dict[str, Any], rows: list[Row]) -> list[str]:
+    lines = []
+    unserved = sorted({f"{r.op} on {r.device}" for r in rows} - {f"{r.op} on {r.device}" for r in rows if r.state == SERVES})
+    if unserved:
+        lines.append(f"Nothing serves {', '.join(unserved)}; the reasons stand in the table.")
+    if machine["cpp_isa"] is None:
+        lines.append("Without the C++ module a CPU only has the references; install percard where a C++17 compiler is.")
+    if machine["card"] is None:
+        build = "has no CUDA in it" if machine["cuda_build"] is None else "sees no CUDA card; nvidia-smi says whether the driver does"
+        lines.append(f"No card: torch {torch.__version__} {build}. The CPU bodies serve.")
+    return lines
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
