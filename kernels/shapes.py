@@ -54,7 +54,7 @@ class Case:
 def small(m: int, n: int, k: int, spec: str = "", dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> Case:
     """A small case; its name says all: `small.m3.n37.k53.w8a8.bf16.bias`."""
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    parts = ["small", f"m{m}", f"n{n}", f"k{k}", spec, kind, "bias" if bias else ""]
+    parts = ["small", f"m{m}", f"n{n}" if n else "", f"k{k}", spec, kind, "bias" if bias else ""]
     return Case(".".join(p for p in parts if p), m, n, k, spec, dtype, bias)
 
 

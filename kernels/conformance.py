@@ -1,0 +1,73 @@
+"""Does a body agree with its reference? Asked by the tests, and by the bench before it times anything.
+
+Memory that an op leaves unwritten starts as NaN (integers: their largest number), so that it cannot look right by chance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..formats.layout import repack
+from ..formats.tensor import QuantTensor
+from .op import Op
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory of torch holds NaN, or the largest integer, while this is open: outputs and workspaces alike."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args` with every weight packed as the body reads it."""
+    packing = op.body(impl).packing
+    return tuple(repack(a, packing) if packing and isinstance(a, QuantTensor) else a for a in args)
+
+
+def answer(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """What a body makes of the op's public arguments (weight in any packing), in poisoned memory; always a tuple."""
+    ready = packed(op, impl, args)
+    with poisoned_memory():
+        out = op(*ready, impl=impl)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def faults(op: Op, impl: str, args: tuple[Any, ...]) -> list[str]:
+    """What is wrong with a body's answer to the op's public arguments; an empty list when it is in the op's tolerance."""
+    want, got = answer(op, "reference", args), answer(op, impl, args)
+    flat = op.contract.unwrap(*packed(op, "reference", args))
+    allowed = op.contract.tolerance(want if len(want) > 1 else want[0], *flat)
+    allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+    names = [f"{op.name} {impl}, output {i}" if len(want) > 1 else f"{op.name} {impl}" for i in range(len(want))]
+    found = [difference(*each) for each in zip(names, got, want, allowed, strict=True)]
+    return [text for text in found if text is not None]
+
+
+def difference(name: str, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor) -> str | None:
+    """None when |got - want| <= allowed everywhere and both are finite in the same places; else the worst element."""
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return f"{name}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
+    if got.numel() == 0:
+        return None
+    a, b = got.double(), want.double()
+    off = (a - b).abs() - allowed.double()
+    off = torch.where(torch.isfinite(a) & torch.isfinite(b), off, torch.zeros_like(off))
+    off = torch.where(torch.isfinite(a) != torch.isfinite(b), torch.full_like(off, torch.inf), off)
+    wrong = int((off > 0).sum())
+    if not wrong:
+        return None
+    at = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+    values = f"got {float(a[at]):.9g}, want {float(b[at]):.9g} within {float(allowed[at]):.3g}"
+    return f"{name}: {wrong} of {got.numel()} elements are off, the worst at {at}: {values}"
