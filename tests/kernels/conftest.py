@@ -1,0 +1,93 @@
+"""What the tests of the kernels share: fresh random numbers in each run, bodies by name, and ISAs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from percard.kernels import device, op
+from percard.kernels.op import Op
+
+OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w4a8")  # search_scale has a suite of its own
+
+
+class Body(NamedTuple):
+    """One body of one op as a test runs it: where, and with which instruction set (None: not a C++ body)."""
+
+    op: Op
+    cases: ModuleType
+    name: str
+    where: str
+    isa: str | None
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.op.name, self.name, self.isa) if part)
+
+
+def bodies() -> list[Body]:
+    """Every body but the references; the C++ body once for each instruction set that this CPU has."""
+    found = []
+    for name in OPS:
+        package = importlib.import_module(f"percard.kernels.{name}")
+        the_op, cases = getattr(package, name), importlib.import_module(f"percard.kernels.{name}.cases")
+        for body in the_op.bodies:
+            if body.name == "cpu":
+                absent = body.absent("cpu") is not None
+                found += [Body(the_op, cases, "cpu", "cpu", isa) for isa in ([None] if absent else op.native().isas())]
+            elif body.name == "triton":
+                found.append(Body(the_op, cases, "triton", "cuda" if device.has_card() else "cpu", None))
+    return found
+
+
+def absent(body: Body) -> str | None:
+    """Why this machine does not have a body."""
+    return body.op.body(body.name).absent(body.where)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take `body` run for every body that is here, tests that take `any_body` for all of them."""
+    if "any_body" in metafunc.fixturenames:
+        metafunc.parametrize("any_body", bodies(), ids=str)
+    if "body" in metafunc.fixturenames:
+        on_card = metafunc.definition.get_closest_marker("gpu") is not None
+        ops = getattr(metafunc.function, "ops", OPS)
+        here = [b for b in bodies() if absent(b) is None and b.op.name in ops]
+        chosen = [b for b in here if b.where == "cuda" or not on_card]
+        metafunc.parametrize("body", chosen, ids=str, indirect=True)
+
+
+@pytest.fixture
+def body(request: pytest.FixtureRequest) -> Iterator[Body]:
+    """A body that this machine has, with its instruction set in force."""
+    chosen: Body = request.param
+    if chosen.isa is None:
+        yield chosen
+        return
+    before = op.native().isa()
+    op.native().force_isa(chosen.isa)
+    yield chosen
+    op.native().force_isa(before)
+
+
+@pytest.fixture
+def seed() -> int:
+    """New in every run and printed, so that a failure can be run again: PERCARD_TEST_SEED=..."""
+    number = int(os.environ.get("PERCARD_TEST_SEED") or random.SystemRandom().randrange(1 << 20))
+    print(f"PERCARD_TEST_SEED={number}")
+    return number
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small problems gain nothing from threads, and other tests run beside these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
