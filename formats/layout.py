@@ -13,11 +13,13 @@ What is common to all:
 - 4-bit codes are unsigned, u = q + 8 in 0..15. 8-bit codes are signed.
 - `scale` is fp32 [groups, Np], one column per output row, so that a body reads neighbours for neighbouring rows; `zero` is
   int8 [groups, Np], signed as on disk, or None. With a group G, groups = Kp/G; without one, groups = 1.
+- `planes16_w4` keeps scale and zero point in one int32 word per group and row, in `scale`; `zero` is None (`scale_words`).
 - Padding counts nothing: the padded rows and groups have scale 0 and zero 0 and the code 0; columns that are padded inside
   the group of a true row (specs without a group) hold the row's zero point, so that code - zero = 0.
 - `shape` stays the true (N, K).
 
-Unpacking gives fp32 scales: the values are exact, the dtype that they are stored in on disk is the checkpoint's business.
+Unpacking gives fp32 scales: the values are exact (in `planes16_w4` those of bf16 and fp16 scales; others to 2^-19), the dtype
+that they are stored in on disk is the checkpoint's business.
 """
 
 from __future__ import annotations
@@ -127,6 +129,28 @@ def _unpack(
     return replace(qt, data=codes, scale=scale, zero=zero, packing="plain")
 
 
+def scale_words(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """fp32 scales and signed zero points int8 (None: 0) of one shape as int32 words: what a kernel needs of a group in one load.
+
+        bit 31   30 ...... 23   22 ............. 5   4 ... 0
+           [ sign | exponent  |  upper mantissa    |  z + 8 ]     word & 0xFFFFFFE0 is the fp32 scale, word & 31 is z + 8
+
+    18 bits of mantissa hold every bf16 and fp16 scale exactly (subnormal fp16 too); an fp32 scale is rounded to the nearest
+    of them, by at most 2^-19 of itself. Five bits hold z + 8 = 16 as well, which GPTQ files of version 1 have.
+    """
+    unsigned = torch.full_like(scale, 8, dtype=torch.int32) if zero is None else zero.to(torch.int32) + 8
+    if unsigned.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) > 31):
+        found = f"{int(unsigned.min()) - 8} to {int(unsigned.max()) - 8}"
+        raise FormatError(f"packing planes16_w4: zero points reach from {found}, expected -8 to 23 in 4-bit weights")
+    bits = scale.contiguous().view(torch.int32)
+    return ((bits + 15 + ((bits >> 5) & 1)) & -32) | unsigned
+
+
+def split_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `scale_words`: scale fp32 and signed zero int8."""
+    return (words & -32).view(torch.float32), ((words & 31) - 8).to(torch.int8)
+
+
 def pack_planes16_w4(qt: QuantTensor) -> QuantTensor:
     """Plain 4-bit codes to int16 [Np, Kp/4]. Word j = 0..31 of a block of 128 inputs:
 
@@ -135,7 +159,7 @@ def pack_planes16_w4(qt: QuantTensor) -> QuantTensor:
              k=96+j     k=64+j     k=32+j     k=j            64 bytes per row and block
 
     The word is as wide as bf16, so a card loads and swizzles it like a bf16 tile, and a plane is unpacked by one shift and
-    one mask, without moving a code to another lane.
+    one mask, without moving a code to another lane. `scale` becomes int32 [groups, Np], see `scale_words`.
     """
 
     def to_data(u: torch.Tensor) -> torch.Tensor:
@@ -144,7 +168,8 @@ def pack_planes16_w4(qt: QuantTensor) -> QuantTensor:
         high = planes[:, :, 2] | (planes[:, :, 3] << 4)
         return torch.stack((low, high), dim=3)  # [n, blocks, j, byte of the word]
 
-    return _pack(qt, "planes16_w4", 4, to_data)
+    packed = _pack(qt, "planes16_w4", 4, to_data)
+    return replace(packed, scale=scale_words(packed.scale, packed.zero), zero=None)
 
 
 def unpack_planes16_w4(qt: QuantTensor) -> QuantTensor:
@@ -155,7 +180,8 @@ def unpack_planes16_w4(qt: QuantTensor) -> QuantTensor:
         low, high = words[..., 0], words[..., 1]
         return torch.stack((low & 15, low >> 4, high & 15, high >> 4), dim=2).view(n, k)
 
-    return _unpack(qt, "planes16_w4", 4, to_codes)
+    scale, zero = split_words(qt.scale)
+    return _unpack(replace(qt, scale=scale, zero=None if qt.spec.symmetric else zero), "planes16_w4", 4, to_codes)
 
 
 def pack_planes8_w4(qt: QuantTensor) -> QuantTensor:

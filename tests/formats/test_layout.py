@@ -43,7 +43,8 @@ def test_inverse(packing: str, name: str, shape: tuple[int, int]) -> None:
     n, k = padded_shape(shape, packing)
     assert packed.packing == packing and packed.shape == shape and packed.data.is_contiguous()
     assert packed.data.numel() * packed.data.element_size() == n * k * qt.spec.weight_bits // 8
-    assert packed.scale.dtype == torch.float32 and packed.scale.shape[1] == n
+    assert packed.scale.dtype == (torch.int32 if packing == "planes16_w4" else torch.float32)
+    assert packed.scale.shape[1] == n
     back = repack(packed, "plain")
     assert torch.equal(back.data, qt.data) and torch.equal(back.scale, qt.scale.float())
     assert (back.zero is None) == (qt.zero is None) and (qt.zero is None or torch.equal(back.zero, qt.zero))
@@ -56,7 +57,7 @@ ODD += [(p, s, k) for p, s in CASES if "-g32" in s for k in (32, 96, 160)]
 
 @pytest.mark.parametrize(("packing", "name", "k"), ODD)
 def test_inverse_for_odd_inputs(packing: str, name: str, k: int) -> None:
-    qt = random_tensor(5, k, name, torch.float32, seed=k)
+    qt = random_tensor(5, k, name, torch.float16 if packing == "planes16_w4" else torch.float32, seed=k)
     back = repack(repack(qt, packing), "plain")
     assert torch.equal(back.data, qt.data) and torch.equal(back.scale, qt.scale)
 
@@ -120,17 +121,38 @@ def test_padding_counts_nothing(packing: str) -> None:
     qt = random_tensor(17, 160, "w4a16-g32-asym" if BITS[packing] == 4 else "w8a16-g32-asym")
     packed = repack(qt, packing)
     n, k = padded_shape(qt.shape, packing)
-    assert packed.zero is not None
-    assert packed.scale.shape == packed.zero.shape == (k // 32, n)
-    assert torch.count_nonzero(packed.scale[5:]) == 0 and torch.count_nonzero(packed.scale[:, 17:]) == 0
-    assert torch.count_nonzero(packed.zero[5:]) == 0 and torch.count_nonzero(packed.zero[:, 17:]) == 0
+    scale, zero = layout.split_words(packed.scale) if packing == "planes16_w4" else (packed.scale, packed.zero)
+    assert zero is not None
+    assert scale.shape == zero.shape == (k // 32, n)
+    assert torch.count_nonzero(scale[5:]) == 0 and torch.count_nonzero(scale[:, 17:]) == 0
+    assert torch.count_nonzero(zero[5:]) == 0 and torch.count_nonzero(zero[:, 17:]) == 0
     for row in (0, 16, 17, n - 1):
         for column in (0, 31, 32, 159, 160, k - 1):
-            code = code_at(packed, row, column) - int(packed.zero[column // 32, row])
-            value = code * float(packed.scale[column // 32, row])
+            code = code_at(packed, row, column) - int(zero[column // 32, row])
+            value = code * float(scale[column // 32, row])
             true = float(dequantize(qt)[row, column]) if row < 17 and column < 160 else 0.0
             assert value == pytest.approx(true, rel=1e-6, abs=0)
             assert row < 17 or code == 0
+
+
+def test_scale_words() -> None:
+    """Every positive bf16 and fp16 scale with every zero point comes back exactly; an fp32 scale to 2^-19."""
+    bits = torch.arange(1, 0x7C00, dtype=torch.int32).to(torch.int16)
+    for scale in (
+        bits.view(torch.float16).float(),
+        bits.view(torch.bfloat16).float(),
+        -bits.view(torch.bfloat16).float(),
+    ):
+        zero = (torch.arange(scale.numel()) % 32 - 8).to(torch.int8)
+        words = layout.scale_words(scale, zero)
+        assert words.dtype == torch.int32 and torch.equal(words & 31, zero + 8)
+        back, zero_back = layout.split_words(words)
+        assert torch.equal(back, scale) and torch.equal(zero_back, zero)
+    fine = torch.rand(1000) * 3 + 1e-3
+    assert float(((layout.split_words(layout.scale_words(fine, None))[0] - fine) / fine).abs().max()) <= 2.0**-19
+    assert torch.equal(layout.split_words(layout.scale_words(fine, None))[1], torch.zeros(1000, dtype=torch.int8))
+    with pytest.raises(FormatError, match="zero points reach from -9 to -9"):
+        layout.scale_words(torch.ones(1), torch.tensor([-9], dtype=torch.int8))
 
 
 def test_golden_lines() -> None:
