@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -49,3 +50,17 @@ def forced_isa() -> str | None:
     if name is not None and name not in ISAS:
         raise ValueError(f"PERCARD_ISA={name!r} is unknown; choose one of {', '.join(ISAS)}")
     return name
+
+
+# What the heuristics are drawn for, and what they are asked with where there is no card (Triton's interpreter).
+H200 = Card("NVIDIA H200", 90, 132, 232448, 50 << 20)
+
+
+def card_of(where: torch.device) -> Card:
+    """The card that a tensor's device is; the H200 that the kernels are drawn for when it is no card."""
+    return card(where.index or 0) if where.type == "cuda" else H200
+
+
+def current(where: torch.device) -> contextlib.AbstractContextManager:
+    """Makes the card of a tensor the one that kernels start on; nothing to do for a CPU."""
+    return torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()

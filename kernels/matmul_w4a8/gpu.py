@@ -1,0 +1,246 @@
+"""Triton body of matmul_w4a8: y^T = W @ x^T in int8; 4-bit codes become int8 in registers on their way to the MMA.
+
+Two kernels: one scale per row (int32 sums over all of K, exact), and group scales (int32 within a group, then one fp32
+multiply-add per accumulator and group; as fast below M = 64, slower above).
+
+The zero point is gone before the product: the unpacking turns the stored u = q + 8 into 16 q, so neither kernel needs the
+row sums `xsum`. It costs the same three instructions for eight weights as leaving u unsigned.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import device, tuning
+from ..device import Card
+from ..tiles import FUSION, INTERPRETED, Launch, add_slices_launch, start, tile_index, unpack_plane8
+from . import contract
+
+OP = contract.OP
+
+
+@triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
+def matmul_w4a8_rows_kernel(
+    x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, y_ptr,
+    M, N, K, N_PAD, steps_per_split,
+    stride_xm, stride_wn, stride_ym,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, USE_ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RASTER: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = (sum_k x[m, k] * q[n, k]) * sx[m] * sw[n] + bias[n]
+
+    x int8 [M, K], rows stride_xm apart; w int8 [N_PAD, stride_wn] in packing planes8_w4; sx fp32 [M]; sw fp32 [N_PAD]; bias
+    fp32 [N]; y [M, N], rows stride_ym apart. PARTIAL: y is int32 [splits, M, N], the sums of one part of K each.
+
+                                               x^T, 128 codes:  p=0 [64, BLOCK_M]    one program: BLOCK_N rows of W,
+        W  [BLOCK_N, 64] bytes  -> 2 planes  @                  p=1 [64, BLOCK_M]    BLOCK_M tokens, steps_per_split
+                                   [BLOCK_N, 64] of 16 q                             steps of 128 codes
+
+    Source: 4-bit codes times int8 after QServe (mit-han-lab/omniserve) and QQQ (HandH1998/QQQ); 16 q is ours.
+    """
+    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
+    split = tl.program_id(1)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_j = tl.arange(0, 64)
+    mask_n, mask_m = offs_n < N, offs_m < M
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128))
+    # Rows of W past the padding wrap around: their sums are never stored, so no mask is spent on them.
+    w_ptrs = w_ptr + (offs_n % N_PAD).to(tl.int64)[:, None] * stride_wn + (first * 64 + offs_j)[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * 128 + offs_j)[:, None]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for step in range(first, last):
+        w_packed = tl.load(w_ptrs, eviction_policy="evict_first")  # [BLOCK_N, 64]
+        for p in tl.static_range(2):
+            inside = mask_m[None, :]
+            if not EVEN_K:
+                inside = inside & (step * 128 + 64 * p + offs_j < K)[:, None]
+            x = tl.load(x_ptrs + 64 * p, mask=inside, other=0, eviction_policy="evict_last")  # [64, BLOCK_M]
+            w = unpack_plane8(w_packed, p, USE_ASM)  # [BLOCK_N, 64]
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
+        w_ptrs += 64
+        x_ptrs += 128
+
+    acc = acc >> 4  # 16 q -> q, exact
+    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if PARTIAL:
+        tl.store(y_ptrs, tl.trans(acc), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+    else:
+        sx = tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+        sw = tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+        y = acc.to(tl.float32) * sx[None, :] * sw[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        tl.store(y_ptrs, tl.trans(y).to(y_ptr.dtype.element_ty), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+
+
+@triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
+def matmul_w4a8_groups_kernel(
+    x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, y_ptr,
+    M, N, K, N_PAD, steps_per_split,
+    stride_xm, stride_wn, stride_ym,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, USE_ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RASTER: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = (sum_g sw[n, g] * sum_{k in g} x[m, k] * q[n, k]) * sx[m] + bias[n]
+
+    As matmul_w4a8_rows_kernel, with sw fp32 [groups, N_PAD], GROUP = 32, 64 or 128 codes each, fp32 sums over the groups in
+    ascending order. PARTIAL: y is fp32 [splits, M, N].
+
+        W  [BLOCK_N, J] bytes, J = min(GROUP, 64), 64 / J times a step:     a piece h and a plane p are the codes
+                                                                            64 p + J h .. 64 p + J h + J - 1
+    """
+    PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
+    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
+    split = tl.program_id(1)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_j = tl.arange(0, PIECE)
+    rows = offs_n % N_PAD
+    mask_n, mask_m = offs_n < N, offs_m < M
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128))
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + (first * 64 + offs_j)[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * 128 + offs_j)[:, None]
+    sw_ptrs = sw_ptr + first.to(tl.int64) * (128 // GROUP) * N_PAD + rows
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(first, last):
+        for p in tl.static_range(2):
+            for h in tl.static_range(64 // PIECE):
+                k = 64 * p + PIECE * h
+                w_packed = tl.load(w_ptrs + PIECE * h, eviction_policy="evict_first")  # [BLOCK_N, PIECE]
+                inside = mask_m[None, :]
+                if not EVEN_K:
+                    inside = inside & (step * 128 + k + offs_j < K)[:, None]
+                x = tl.load(x_ptrs + k, mask=inside, other=0, eviction_policy="evict_last")  # [PIECE, BLOCK_M]
+                if k % GROUP == 0:
+                    sw = tl.load(sw_ptrs + (k // GROUP) * N_PAD) * 0.0625  # [BLOCK_N], 1/16 for 16 q
+                    part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+                w = unpack_plane8(w_packed, p, USE_ASM)  # [BLOCK_N, PIECE]
+                part = tl.dot(w, x, part, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
+                if (k + PIECE) % GROUP == 0:
+                    acc = tl.fma(part.to(tl.float32), sw[:, None], acc)
+        w_ptrs += 64
+        x_ptrs += 128
+        sw_ptrs += (128 // GROUP) * N_PAD
+
+    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    if not PARTIAL:
+        acc *= tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    y = tl.trans(acc).to(y_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+    tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of y^T, parts of K, rows of W tiles that share x in L2, warps, stages of the pipeline."""
+
+    block_n: int
+    block_m: int
+    split_k: int
+    raster: int
+    num_warps: int
+    num_stages: int
+
+
+def heuristic(shape: tuning.Shape, card: Card) -> Config:
+    """Narrow tiles and split K while the weight's bytes are all that counts, square tiles above 64 tokens.
+
+    On sm_100 tiles stay within 128 x 64: larger ones compile to a bare trap in Triton 3.6, where the unpacked weight goes
+    through tensor memory.
+    """
+    m, n = shape.m, shape.n
+    if m <= 64:
+        block_n = 128 if m <= 32 or n >= 128 * card.sms // 2 else 64
+        split = tuning.split_k(-(-n // block_n), -(-shape.k // 128), shape, card)
+        return Config(block_n, max(m, 16), split, 8, 4 if m <= 32 or block_n == 64 else 8, 4)
+    return Config(128, 128 if card.sm < 100 else 64, 1, 8, 8, 3)
+
+
+@functools.cache
+def _tuned() -> tuning.Table:
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__)
+
+
+@functools.lru_cache(maxsize=4096)
+def config_for(shape: tuning.Shape, card: Card) -> Config:
+    """Tuned for this card and Triton, or the heuristic's."""
+    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+
+
+def plan(
+    card: Card,
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, list[Launch]]:
+    """The output, and the one or two kernels that fill it."""
+    m = xq.shape[0]
+    config = config or config_for(tuning.Shape(m, n, k, group, out_dtype), card)
+    each, split = tuning.cut(triton.cdiv(k, 128), config.split_k)
+    per_row = group == k
+    if not per_row and group not in (32, 64, 128):
+        raise ValueError(f"{OP}: group is {group}, expected 32, 64, 128 or K = {k}")
+    y = contract.out_like(xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype)
+    partial = torch.int32 if per_row else torch.float32
+    out = y if split == 1 else xq.new_empty((split, m, n), dtype=partial)
+    options = {
+        "HAS_BIAS": bias is not None,
+        "EVEN_K": k % 128 == 0,
+        "PARTIAL": split > 1,
+        "USE_ASM": not INTERPRETED,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "RASTER": config.raster,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": FUSION,
+    }
+    sizes = (m, n, k, w.shape[0], each, xq.stride(0), w.stride(0), out.stride(-2))
+    args = (xq, w, sx, scale, sx if bias is None else bias, out, *sizes)
+    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
+    kernel = matmul_w4a8_rows_kernel if per_row else matmul_w4a8_groups_kernel
+    launches = [Launch(kernel, grid, args, options if per_row else {"GROUP": group, **options})]
+    if split > 1:
+        launches.append(add_slices_launch(out, sx, scale if per_row else None, bias, y))
+    return y, launches
+
+
+def run(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    xsum: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    packing: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The body: what op.py calls."""
+    y, launches = plan(device.card_of(xq.device), xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype)
+    start(launches, xq.device)
+    return y

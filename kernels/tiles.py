@@ -1,0 +1,196 @@
+"""Idioms that the kernels of several ops share: where a program stands, 4-bit codes to MMA operands, sums of splits.
+
+All matmuls compute the transposed product, so that the weight is the left operand and may stay in registers on its way
+from packed code to MMA (on Hopper the right operand always comes from shared memory):
+
+    y^T [N, M]  =  W [N, K] @ x^T [K, M]                 a tile of y^T is [BLOCK_N, BLOCK_M], stored through tl.trans
+
+           K-major, both                                   16 tokens are the narrowest tile: one kernel serves M = 1 .. 64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import device
+
+# The order of float operations is written out (tl.fma where one rounding is meant): bits must not move with a compiler's
+# default. Triton 3.9 announces that its default changes.
+FUSION = False
+# Triton's interpreter knows no inline assembly; kernels were made for it, or not, when triton was imported.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Launch(NamedTuple):
+    """One kernel start: what `run` starts and what inspection.py compiles, so that they are the same thing."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict[str, Any]
+
+
+def start(launches: Sequence[Launch], where: torch.device) -> None:
+    """Starts kernels in order on the device where their tensors are."""
+    with device.current(where):
+        for launch in launches:
+            launch.kernel[launch.grid](*launch.args, **launch.options)
+
+
+@triton.jit
+def tile_index(pid, tiles_n, tiles_m, GROUP: tl.constexpr):
+    """Program number -> (tile along N, tile along M), `GROUP` rows of W tiles at a time.
+
+    Programs that run at the same time then share x tiles and W tiles in L2:   GROUP = 2, tiles_m = 3
+        n\\m  0  1  2
+         0   0  2  4
+         1   1  3  5
+         2   6  8 10
+    """
+    per_group = GROUP * tiles_m
+    first_n = (pid // per_group) * GROUP
+    rows = tl.minimum(tiles_n - first_n, GROUP)
+    inside = pid % per_group
+    return first_n + inside % rows, inside // rows
+
+
+# 4-bit codes to bf16 or fp16, two in a register. Of the words of packing planes16_w4 one 32-bit register holds two:
+#
+#     bit 31  28 27  24 23  20 19  16 15  12 11   8 7    4 3    0
+#       [ u3'  |  u2' |  u1' |  u0' |  u3  |  u2  |  u1  |  u0  ]      plane p is u_p of k and u_p' of k + 1
+#
+#     bf16   0x4300 = 0 10000110 0000000 = 128, one step is 1       (r >> 4p) & 0x000F000F | 0x43004300  =  128 + u
+#     fp16   0x5400 = 0 10101 0000000000 =  64, one step is 1/16    (r >> 4p-4) & 0x00F000F0 | 0x54005400 =  64 + u
+#
+# and one packed add of -(128 + z) or -(64 + z) gives u - z, exact for z = 0..31. Three instructions for two weights, two
+# for plane 0 of bf16 and plane 1 of fp16. (a & b) | c is one LOP3 (0xEA): the idea is Marlin's (IST-DASLab/marlin).
+# The add of bf16 is an fma with 1.0, because add.bf16x2 needs sm_90; it is one instruction as well.
+
+
+@triton.constexpr_function
+def _plane16_bf16(plane: int) -> str:
+    shift = f"shr.u32 t, $1, {4 * plane};" if plane else "mov.b32 t, $1;"
+    unpack = "lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;"
+    return f"{{ .reg .b32 t, one; mov.b32 one, 0x3F803F80; {shift} {unpack} fma.rn.bf16x2 $0, t, one, $2; }}"
+
+
+@triton.constexpr_function
+def _plane16_fp16(plane: int) -> str:
+    shift = ("shl.b32 t, $1, 4;", "mov.b32 t, $1;", "shr.u32 t, $1, 4;", "shr.u32 t, $1, 8;")[plane]
+    unpack = "lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA;"
+    return f"{{ .reg .b32 t; {shift} {unpack} add.rn.f16x2 $0, t, $2; }}"
+
+
+@triton.jit
+def minus_zero(word, DTYPE: tl.constexpr):
+    """Scale words int32 [BLOCK_N] -> the int16 bits of -(128 + z) in bf16 or of -(64 + z) in fp16."""
+    if tl.bfloat16 == DTYPE:
+        bits = (word & 0x1F) | 0xC300
+    else:
+        bits = ((word & 0x1F) << 4) | 0xD400
+    return bits.to(tl.int16)
+
+
+@triton.jit
+def word_scale(word):
+    """Scale words int32 -> their scales fp32: all bits but the lowest five, which hold the zero point."""
+    return (word & -32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unpack_plane16(w_packed, word, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """Plane `PLANE` of words int16 [BLOCK_N, 32] with scale words int32 [BLOCK_N] -> u - z in bf16 or fp16."""
+    if not USE_ASM:
+        code = (w_packed >> (4 * PLANE)) & 0xF
+        w = (code - (word & 0x1F).to(tl.int16)[:, None]).to(DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        zero = minus_zero(word, DTYPE)[:, None]
+        w = tl.inline_asm_elementwise(
+            _plane16_bf16(PLANE), "=r,r,r", [w_packed, zero], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        zero = minus_zero(word, DTYPE)[:, None]
+        w = tl.inline_asm_elementwise(
+            _plane16_fp16(PLANE), "=r,r,r", [w_packed, zero], tl.float16, is_pure=True, pack=2
+        )
+    return w
+
+
+# 4-bit codes to int8, four in a register. Of packing planes8_w4 a 32-bit register holds four bytes u1 u0:
+#
+#     u = q + 8, so u ^ 8 is q in two's complement; in the upper half of a byte it is the int8 16 q:
+#     plane 1   (r ^ 0x80808080) & 0xF0F0F0F0             plane 0   ((r << 4) ^ 0x80808080) & 0xF0F0F0F0
+#
+# Three instructions for eight weights ((a ^ b) & c is one LOP3, 0x28) and no zero point left to fold: the sums are 16 times
+# what is meant, exactly, and a sum of K products stays within int32 for K <= 132,104 like any int8 product.
+
+
+@triton.constexpr_function
+def _plane8(plane: int) -> str:
+    shift = "mov.b32 t, $1;" if plane else "shl.b32 t, $1, 4;"
+    return f"{{ .reg .b32 t; {shift} lop3.b32 $0, t, 0x80808080, 0xF0F0F0F0, 0x28; }}"
+
+
+@triton.jit
+def unpack_plane8(w_packed, PLANE: tl.constexpr, USE_ASM: tl.constexpr):
+    """Plane `PLANE` of bytes int8 [BLOCK_N, J] -> int8 [BLOCK_N, J], 16 times the signed code."""
+    if USE_ASM:
+        w = tl.inline_asm_elementwise(_plane8(PLANE), "=r,r", [w_packed], tl.int8, is_pure=True, pack=4)
+    elif PLANE == 0:
+        w = ((w_packed << 4) ^ -128) & -16
+    else:
+        w = (w_packed ^ -128) & -16
+    return w
+
+
+@triton.jit
+def add_slices(
+    part_ptr, sx_ptr, sw_ptr, bias_ptr, y_ptr,
+    M, N,
+    stride_ym,
+    SLICES: tl.constexpr, HAS_SX: tl.constexpr, HAS_SW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = (sum over s of part[s, m, n], in the order of s) * sx[m] * sw[n] + bias[n]
+
+    part [SLICES, M, N] fp32 or int32, contiguous; sx [M], sw [N], bias [N] fp32, each or none; y [M, N], rows stride_ym apart.
+
+        part  s=0 [....]  s=1 [....]  ...      one program adds BLOCK neighbours of one row of y:
+                  └───── + ─────┘              always first to last, so the bits do not depend on who came first
+    """
+    m = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_n = offs_n < N
+
+    total = tl.load(part_ptr + m * N + offs_n, mask=mask_n, other=0)  # [BLOCK]
+    for s in tl.static_range(1, SLICES):
+        total += tl.load(part_ptr + (s * tl.num_programs(1) + m) * N + offs_n, mask=mask_n, other=0)
+
+    y = total.to(tl.float32)
+    if HAS_SX:
+        y *= tl.load(sx_ptr + m)
+    if HAS_SW:
+        y *= tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+    tl.store(y_ptr + m * stride_ym + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask_n)
+
+
+def add_slices_launch(
+    part: torch.Tensor,
+    sx: torch.Tensor | None,
+    sw: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> Launch:
+    """The second kernel of a split-K product: part [SLICES, M, N] -> y [M, N]."""
+    slices, m, n = part.shape
+    block = 1024
+    flags = {"SLICES": slices, "HAS_SX": sx is not None, "HAS_SW": sw is not None, "HAS_BIAS": bias is not None}
+    args = (part, *(part if t is None else t for t in (sx, sw, bias)), y, m, n, y.stride(0))
+    options = {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": FUSION}
+    return Launch(add_slices, (triton.cdiv(n, block), m), args, flags | options)
