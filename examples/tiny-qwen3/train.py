@@ -38,7 +38,16 @@ HELD_OUT = [
     "sched.py", "calendar.py", "json/decoder.py", "json/encoder.py", "wsgiref/handlers.py", "email/headerregistry.py",
 ]  # fmt: skip
 # The part of them, about 100 kB, that is committed as heldout.txt.
-HELD_OUT_TEXT = ["textwrap.py", "heapq.py", "queue.py", "graphlib.py", "bisect.py", "fnmatch.py", "shlex.py", "json/decoder.py"]
+HELD_OUT_TEXT = [
+    "textwrap.py",
+    "heapq.py",
+    "queue.py",
+    "graphlib.py",
+    "bisect.py",
+    "fnmatch.py",
+    "shlex.py",
+    "json/decoder.py",
+]
 # Training files whose text is also the calibration set of the quantisation methods.
 CALIBRATION = ["dataclasses.py", "functools.py", "pathlib.py", "http/client.py", "logging/__init__.py"]
 # Generated tables and data, which are not source that someone wrote.
@@ -312,7 +321,9 @@ def main() -> None:
     total = sum(p.numel() for p in model.parameters())
     embedding = model.model.embed_tokens.weight.numel()
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{len(data):,} training tokens, {len(held):,} held out, {total:,} parameters, {embedding / total:.1%} embedding")
+    print(
+        f"{len(data):,} training tokens, {len(held):,} held out, {total:,} parameters, {embedding / total:.1%} embedding"
+    )
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimisers = [
