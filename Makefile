@@ -26,7 +26,7 @@ DEMO_FLAGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Directories count too: their time changes when a file comes or goes.
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc formats kernels quant bench src \
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc formats kernels quant bench src -mindepth 1 \
 	-not -path 'bench/results*' -not -name '__pycache__' -not -name '*.pyc' 2>/dev/null)
 CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*/*.cpp kernels/*/*.h)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -223,7 +222,7 @@ def bench_model(
             print(record.to_json(), flush=True)
     else:
         for part in compose.show_records(records):
-            console.console().print(part, markup=False)
+            console.show(part)
     if any((record.quality or {}).get("gate") == "red" for record in records):
         raise typer.Exit(console.GATE_RED)
 
@@ -244,27 +243,31 @@ def inspect_kernels(
     from .kernels import inspection
 
     rows = inspection.run(ops or None, arch.split(","))
-    console.emit_json(rows) if as_json else console.console().print(inspection.table(rows))
+    console.emit_json(rows) if as_json else console.show(inspection.table(rows))
 
 
 @app.command(help=DEMO_HELP, short_help="The whole road on a small model, in one table.")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and report.")] = Path("out/demo"),
     model: Annotated[Path | None, typer.Option(help="Small checkpoint; default: examples/tiny-qwen3.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text; default: heldout.txt of the model.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, shorter text, one round: for CI.")] = False,
     as_json: AsJson = False,
 ) -> None:
     from . import compose
 
-    with console.showing_progress(as_json) as progress:
-        report = compose.demo(out, model=model, quick=quick, say=None if as_json else _say, progress=progress)
+    report = compose.demo(
+        out,
+        model=model,
+        text=text,
+        quick=quick,
+        say=(lambda part: None) if as_json else console.show,
+        showing=lambda: console.showing_progress(as_json),
+        steps=console.showing_steps(as_json),
+    )
     if as_json:
         console.emit_json(report.data)
     raise typer.Exit(report.exit_code)
-
-
-def _say(*renderables: Any) -> None:
-    console.console().print(*renderables, sep="\n")
 
 
 def _show(result: Any, as_json: bool, render: Any = None) -> None:
@@ -273,7 +276,7 @@ def _show(result: Any, as_json: bool, render: Any = None) -> None:
         console.emit_json(result.to_dict() if hasattr(result, "to_dict") else result)
         return
     for part in render(result) if render is not None else result.show():
-        console.console().print(part, markup=False)
+        console.show(part)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
@@ -289,9 +292,6 @@ def run(arguments: Sequence[str]) -> int:
             app(args=["--help"], standalone_mode=False, prog_name="percard")
             return console.BAD_INPUT
         code = app(args=list(arguments), standalone_mode=False, prog_name="percard")
-    except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return console.DONE
     except (KeyboardInterrupt, typer.Abort):
         return console.fail(KeyboardInterrupt(), verb, "--json" in arguments)
     except Exception as error:

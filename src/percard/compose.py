@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from .bench import engine, quality
+from .bench import model as bench_module
+from .bench import report as bench_report
+from .bench.record import Record
 from .console import DONE, GATE_RED
 from .formats.spec import FormatError
 from .quant import preflight as preflight_module
@@ -240,3 +244,142 @@ def _stop_ids(folder: Path) -> Sequence[int]:
         return ()
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int)]
+
+
+def bench_model(
+    name: str | Path,
+    specs: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    plan: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Speed of a checkpoint or `shape:<name>` in 16 bits and in `specs`; `plan` as in bench.model.Plan."""
+    where = name if str(name).startswith("shape:") else source(name)
+    origin = None if against is None else source(against)
+    wanted = bench_module.Plan(**(plan or {}))
+    command = f"percard bench model {name} --specs {','.join(specs)}"
+    return bench_module.run(
+        where, specs, plan=wanted, against=origin, text=text, out=out, progress=progress, command=command
+    )
+
+
+def show_records(records: Sequence[Record]) -> list[RenderableType]:
+    """The table of a model run with its footnotes."""
+    notes = [f"- {words}" for words in bench_report.footnotes(records)]
+    return [bench_report.table(bench_report.rows(records), bench_report.title(records)), *notes]
+
+
+SPECS = ("w8a8", "w4a16-g64", "w4a8-g64")
+PROMPT = 'def mean(values):\n    """Return the arithmetic mean of a list of numbers."""\n'
+EXAMPLE = Path("examples/tiny-qwen3")
+# Seconds that the timed rounds may take on a CPU; the rest of the eight minutes is for loading and for the other steps.
+BUDGET_S = 200.0
+Say = Callable[["RenderableType"], None]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured: `data` is report.json, `files` what it wrote."""
+
+    data: dict[str, Any]
+    files: tuple[Path, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return GATE_RED if any(row["gate"] == "red" for row in self.data["variants"]) else DONE
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    yield None
+
+
+def demo(
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    text: str | Path | None = None,
+    quick: bool = False,
+    say: Say = lambda words: None,
+    showing: Callable[[], AbstractContextManager[Any]] = _silent,
+    steps: Callable[[str], None] | None = None,
+) -> Demo:
+    """The whole road on a small trained model: quantise, gate, time at true shapes, complete a prompt, report.
+
+    `say` gets what belongs on the terminal, `showing()` yields a progress callback, `steps` lines of words. A variant
+    whose gate is red gets no speed figure.
+    """
+    from . import doctor
+
+    folder, origin = Path(out), Path(model) if model is not None else EXAMPLE
+    if not (origin / "config.json").is_file():
+        raise FormatError(f"{origin}: no checkpoint there; run the demo in a checkout of percard, or give --model FOLDER")
+    held_out = Path(text) if text is not None else origin / "heldout.txt"
+
+    say(_title(1, "This machine"))
+    for part in doctor.summary(doctor.examine()):
+        say(part)
+
+    say(_title(2, f"Quantise {origin.name}"))
+    places: dict[str, Path] = {}
+    for spec in SPECS:
+        places[spec] = folder / "checkpoints" / spec
+        with showing() as progress:
+            done = quantize(origin, places[spec], spec, force=True, progress=progress)
+        for line in show_report(done):
+            say(line)
+
+    say(_title(3, "Quality against 16 bits"))
+    ids = quality.read_ids(held_out, origin, 4096 if quick else None)
+    reference = load(origin)
+    models = {spec: load(place, head="int8-row") for spec, place in places.items()}
+    gates: dict[str, dict[str, Any]] = {}
+    for spec, variant in models.items():
+        found = quality.compare(reference, variant, ids)
+        word, reasons = quality.gate(found, variant.spec, quality.is_small(reference))
+        gates[spec] = quality.section(found, (word, reasons), origin.name)
+        gates[bench_module.BASELINE] = quality.reference_section(found, origin.name)
+        say(_verdict(f"{spec:10} KL {found.kl:.4f}  top-1 {found.top1:.1%}  gate", word, "; ".join(reasons)))
+
+    shape = "shape:qwen3-8b" if reference.device.type == "cuda" else "shape:qwen3-0.6b"
+    say(_title(4, f"Speed, {shape.removeprefix('shape:')} with synthetic weights"))
+    plan = bench_module.Plan(budget_s=BUDGET_S)
+    if quick:
+        plan = bench_module.Plan(prompt=128, new=8, rounds=1, layers=2)
+    log = folder / "records.jsonl"
+    log.unlink(missing_ok=True)
+    records = bench_module.run(shape, SPECS, plan=plan, gates=gates, out=log, progress=steps, command="percard demo")
+
+    say(_title(5, "Result"))
+    for part in show_records(records):
+        say(part)
+    answers = {"FP16": complete(reference, origin, PROMPT, max_new=48)}
+    answers |= {spec: complete(variant, places[spec], PROMPT, max_new=48) for spec, variant in models.items()}
+    say(_side_by_side(answers))
+    sections = {f"One prompt, {len(answers)} answers": _answers_markdown(answers)}
+    files = bench_report.write(folder, records, heading="percard demo", sections=sections)
+    say("wrote " + ", ".join(str(path) for path in files))
+    return Demo(json.loads((folder / "report.json").read_text(encoding="utf-8")), tuple(files))
+
+
+def _title(number: int, words: str) -> Text:
+    return Text(f"\n{number}  {words}", "bold")
+
+
+def _side_by_side(answers: Mapping[str, Completion]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title=Text(f"Greedy, from: {PROMPT.splitlines()[0]}"), title_justify="left", pad_edge=False, width=120)
+    for name in answers:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*(Text(answer.text.rstrip()) for answer in answers.values()))
+    return table
+
+
+def _answers_markdown(answers: Mapping[str, Completion]) -> str:
+    parts = [f"The prompt, greedy decoding:\n\n```python\n{PROMPT.rstrip()}\n```\n"]
+    parts += [f"{name}:\n\n```python\n{answer.text.rstrip()}\n```\n" for name, answer in answers.items()]
+    return "\n".join(parts)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
 
     from .quant.progress import Progress
 
@@ -50,11 +50,12 @@ def emit_json(value: Any) -> None:
     print(json.dumps(plain_data(value)), flush=True)
 
 
-def console() -> Console:
-    """A rich console for results. Without a terminal it is 120 columns wide and has no colour."""
+def show(part: RenderableType) -> None:
+    """A part of a result on stdout. Without a terminal it is 120 columns wide and has no colour; words are no markup."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    screen.print(part, markup=not isinstance(part, str), soft_wrap=isinstance(part, str) and not sys.stdout.isatty())
 
 
 @contextmanager

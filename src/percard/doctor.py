@@ -81,6 +81,26 @@ def show(diagnosis: Diagnosis) -> list[RenderableType]:
     return [facts, "", table, *(f"\n{line}" for line in diagnosis.advice)]
 
 
+def summary(diagnosis: Diagnosis) -> list[RenderableType]:
+    """The same in a few lines: the machine, what serves, and why the other bodies do not."""
+    m = diagnosis.machine
+    lines = [
+        f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB; card: {_words(m['card'])}",
+        f"python {m['python']}, torch {diagnosis.packages['torch']}, triton {_words(diagnosis.packages['triton'])}, "
+        f"C++ bodies {_words(m['cpp_isa'])}",
+    ]
+    served: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for row in diagnosis.ops:
+        if row.state == SERVES:
+            served.setdefault(f"{row.body} on {row.device}", []).append(row.op)
+        elif row.state == REFUSES and row.reason is not None:
+            refused.setdefault(f"{row.body} on {row.device}: {row.reason}", []).append(row.op)
+    lines += [f"serves: {where}: {', '.join(ops)}" for where, ops in served.items()]
+    lines += [f"refuses: {why} ({', '.join(ops)})" for why, ops in refused.items()]
+    return [*lines, *diagnosis.advice]
+
+
 def _machine() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "cpu": _cpu_name(),

@@ -184,8 +184,8 @@ def test_interrupted_exits_130_with_one_line_and_leaves_nothing(number: int, che
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
     command = f"{sys.executable} -m percard doctor --json | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
-    assert done.stdout.strip() in ("0", "141")
+    assert done.stdout.strip() in ("0", "1")  # 1: what the reader did not get
