@@ -45,7 +45,7 @@ def verify(
     where = str(source.path)
     infos = {n: source.info(n) for n in source.names}
     found = walk.survey(source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where)
-    specs = _specs(made, found.linears)
+    specs = _specs(made)
     linears = [x for x in found.linears if x.name in specs]
     meter = Meter("verify", sum(i.nbytes for i in infos.values()), progress)
     failures = [*_names(source, made, linears, specs, found.dtype), *_config(source, made), *_side_files(source, made)]
@@ -92,14 +92,14 @@ def verify(
     )
 
 
-def _specs(made: Checkpoint, linears: tuple[Linear, ...]) -> dict[str, QuantSpec]:
-    """What config.json says about each linear; FormatError when it says nothing."""
+def _specs(made: Checkpoint) -> dict[str, QuantSpec]:
+    """What config.json says about each quantised module; FormatError when it says nothing."""
     if not compressed_tensors.claims(made.config):
         raise FormatError(
             f"{made.path / 'config.json'}: no quantization_config of compressed-tensors; is {made.path} a quantised checkpoint?"
         )
     try:
-        return compressed_tensors.specs(made.config, [x.name for x in linears])
+        return compressed_tensors.specs(made.config, made.names)
     except FormatError as error:
         raise FormatError(f"{made.path / 'config.json'}: {error}") from None
 
