@@ -1,0 +1,402 @@
+"""`percard bench ops`: op x body x case against torch's floats and rivals. Correct first: a red gate has no figure.
+
+    1  the body is compared with its reference in the op's tolerance (kernels/conformance.py) at this very shape
+    2  ours, torch's floats and the rivals are timed in the same rounds, in turn (clock.py); weights are rotated copies
+       that together are four times the cache, quantising activations lies inside the time of an A8 row
+    3  one row: median and spread, the ratio to each rival per round, share of the roof that was measured here
+
+On a card the headline is the time inside a CUDA graph; `eager` stands beside it, with the cost of each launch in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..formats.affine import dequantize
+from ..formats.spec import QuantSpec
+from ..formats.tensor import QuantTensor
+from ..kernels import conformance
+from ..kernels.linear import linear, ops_of, prepare
+from ..kernels.matmul_w4a8 import cases as w4a8_cases
+from ..kernels.matmul_w4a8 import matmul_w4a8
+from ..kernels.matmul_w4a16 import cases as w4a16_cases
+from ..kernels.matmul_w4a16 import matmul_w4a16
+from ..kernels.matmul_w8a8 import cases as w8a8_cases
+from ..kernels.matmul_w8a8 import matmul_w8a8
+from ..kernels.op import Cost, Op, native_isa
+from ..kernels.quantize_rows import cases as quantize_rows_cases
+from ..kernels.quantize_rows import quantize_rows
+from ..kernels.shapes import LAYERS, Case, activations, generator, weight
+from . import board, card, clock, record, rivals
+from . import roof as roof_module
+from .record import Record
+from .worker import run_here
+
+OPS: dict[str, tuple[Op, ModuleType]] = {
+    op.name: (op, cases)
+    for op, cases in (
+        (quantize_rows, quantize_rows_cases),
+        (matmul_w8a8, w8a8_cases),
+        (matmul_w4a16, w4a16_cases),
+        (matmul_w4a8, w4a8_cases),
+    )
+}
+_KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+_SHARED_SOURCES = ("op.py", "tiles.py", "tuning.py", "weight.py", "linear.py", "device.py")
+_MOST_COPIES, _MOST_CPU_BYTES = 256, 1 << 28
+WORTH = (1, 16, 256, 64, 4, 1024, 4096)  # tokens in the order in which their figures decide something
+_SAMPLE_S = 0.03  # of a CPU sample, at least
+_AGREES = 0.2  # relative error of a rival that counts as the same product; int8 activations with outliers come to 0.07
+
+
+@functools.cache
+def source_hash(*ops: str) -> str:
+    """sha256 (16 digits) of what decides how fast and how right these ops are: their folders and what they share."""
+    files = [_KERNELS / name for name in _SHARED_SOURCES]
+    for op in ops:
+        files += sorted(path for path in (_KERNELS / op).iterdir() if path.suffix in (".py", ".cpp", ".json"))
+    digest = hashlib.sha256()
+    for path in files:
+        if path.exists():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def case_of(op: str, name: str) -> Case:
+    """The case of that name; KeyError says which op."""
+    for case in OPS[op][1].CASES:
+        if case.name == name:
+            return case
+    raise KeyError(f"{op} has no case {name!r}; see kernels/{op}/cases.py")
+
+
+def check(op: str, impl: str, case: str, device: str, seed: int) -> Iterator[dict[str, Any]]:
+    """The gate of one body at one case. A row whose quality.gate is green, or red with the worst element."""
+    found, cases = OPS[op]
+    faults = conformance.faults(found, impl, cases.inputs(case_of(op, case), seed, device))
+    if faults:
+        error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
+        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
+    else:
+        yield {"status": "ok", "quality": {"gate": "green", "reasons": []}, "words": "agrees with the reference"}
+
+
+def time_case(
+    spec: str,
+    case: str,
+    device: str,
+    impl: str | None = None,
+    rounds: int = 7,
+    seed: int = 0,
+    roof: Mapping[str, float] | None = None,
+    with_rivals: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """One linear of `spec` at the named case, against floats and rivals. Yields one row (sections of a Record)."""
+    where = torch.device(device)
+    ops = ops_of(QuantSpec.parse(spec))
+    matmul = ops[-1]
+    problem = case_of(matmul.name, case)
+    faults = gate(ops, problem, device, impl, seed)
+    if faults:
+        error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
+        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
+        return
+    with torch.inference_mode():
+        yield _time(ops, problem, where, impl, rounds, seed, roof or {}, with_rivals)
+
+
+def gate(ops: Sequence[Op], problem: Case, device: str, impl: str | None, seed: int) -> list[str]:
+    """Faults of every op of a linear at this shape, with the bodies that would serve."""
+    faults = []
+    for op in ops:
+        body = op.body_on(torch.device(device).type, impl).name
+        if body == "reference":
+            continue
+        given = problem
+        if op is quantize_rows:
+            given = dataclasses.replace(problem, n=0, spec="")
+        faults += conformance.faults(op, body, OPS[op.name][1].inputs(given, seed, device))
+    return faults
+
+
+def _time(
+    ops: Sequence[Op],
+    problem: Case,
+    where: torch.device,
+    impl: str | None,
+    rounds: int,
+    seed: int,
+    roof: Mapping[str, float],
+    with_rivals: bool,
+) -> dict[str, Any]:
+    random = generator(problem, seed, where.type)
+    x, plain = activations(problem, random), weight(problem, random)
+    ready = prepare(plain, where, impl)
+    cache = card.last_level_cache(where)
+    against: list[dict[str, Any]] = []
+    turns: dict[str, list[Callable[[], Any]]] = {}
+    copies = _copies(ready.nbytes, cache, where)
+    turns["percard"] = [functools.partial(linear, x, _clone(ready), impl=impl) for _ in range(copies)]
+    floats = rivals.floats(where, x)
+    exact = torch.nn.functional.linear(x.float(), _dense(plain))
+    for rival in floats + (rivals.QUANTISED if with_rivals else ()):
+        reason = rival.absent(x, plain)
+        if reason is not None:
+            against.append({"impl": rival.name, "status": "absent", "reason": reason})
+            continue
+        try:
+            size = int(plain.shape[0] * plain.shape[1] * rival.bits / 8)
+            calls = [rival.make(x, plain) for _ in range(_copies(size, cache, where))]
+            off = _relative(calls[0]().float(), exact) if rival.exact else 0.0
+        except (RuntimeError, NotImplementedError) as error:
+            text = " ".join(str(error).split())[:200]
+            against.append({"impl": rival.name, "status": "failed", "reason": text})
+            continue
+        if not off <= _AGREES:
+            reason = f"its product is off by {off:.2%}: not the same task, or not called as it wants"
+            against.append({"impl": rival.name, "status": "suspect", "reason": reason})
+            continue
+        turns[rival.name] = calls
+    seen = _card_times(turns, where, rounds) if where.type == "cuda" else _cpu_times(turns, rounds)
+    return _row(
+        ops,
+        problem,
+        where,
+        impl,
+        x,
+        plain,
+        ready,
+        seen,
+        against,
+        {r.name for r in floats},
+        roof,
+        copies,
+        copies * ready.nbytes >= 4 * cache,
+    )
+
+
+def _copies(nbytes: int, cache: int, where: torch.device) -> int:
+    """Copies of a weight that keep the cache cold; fewer on a CPU whose cache they would fill memory for."""
+    wanted = min(_MOST_COPIES, clock.copies_for_cold_cache(nbytes, cache))
+    return wanted if where.type == "cuda" else max(1, min(wanted, _MOST_CPU_BYTES // nbytes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """Times by name in seconds, eager medians by name (a card only), calls in a sample, what the board said."""
+
+    times: dict[str, clock.Sample]
+    eager: dict[str, float]
+    calls: int
+    board: dict[str, Any]
+
+
+def _card_times(turns: Mapping[str, Sequence[Callable[[], Any]]], where: torch.device, rounds: int) -> _Seen:
+    watch = board.Watch(card.fingerprint(where)["card"]["uuid"])
+    with watch.running():
+        found = clock.card_ab(turns, device=where, rounds=rounds)
+    ours = found["percard"]
+    graph, eager = {n: t.graph for n, t in found.items()}, {n: t.eager.median for n, t in found.items()}
+    return _Seen(graph, eager, ours.calls * ours.replays, watch.summary())
+
+
+def _cpu_times(turns: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> _Seen:
+    def whole(turn: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+        place = iter(range(1 << 62))
+        return lambda: turn[next(place) % len(turn)]()
+
+    calls = {name: whole(turn) for name, turn in turns.items()}
+    slowest = min(clock.ab(calls, rounds=1).values(), key=lambda sample: sample.median).median
+    repeat = max(1, min(1000, math.ceil(_SAMPLE_S / max(slowest, 1e-7))))
+    return _Seen(clock.ab(calls, rounds=rounds, calls=repeat), {}, repeat, {})
+
+
+def _row(
+    ops: Sequence[Op],
+    problem: Case,
+    where: torch.device,
+    impl: str | None,
+    x: torch.Tensor,
+    plain: QuantTensor,
+    ready: QuantTensor,
+    seen: _Seen,
+    against: list[dict[str, Any]],
+    floats: set[str],
+    roof: Mapping[str, float],
+    copies: int,
+    cold: bool,
+) -> dict[str, Any]:
+    ours = seen.times["percard"]
+    for name, sample in seen.times.items():
+        if name != "percard":
+            ratio = clock.ratio(sample, ours)
+            against.append(
+                {"impl": name, "status": "ok", **_us(sample), "ratio": ratio.median, "ci95": [ratio.lo, ratio.hi]}
+                | ({"eager": seen.eager[name] * 1e6} if name in seen.eager else {})
+            )
+    timed = [rival for rival in against if rival["impl"] in floats and rival["status"] == "ok"]
+    against.sort(key=lambda rival: (rival["impl"] not in floats, rival.get("median") or math.inf))
+    base = min(timed, key=lambda rival: rival["median"], default=None)
+    work = _work(ops, x, plain, ready)
+    body = ops[-1].body_on(where.type, impl).name
+    latency = {**_us(ours), "iqr": ours.iqr * 1e6, "samples": [t * 1e6 for t in ours.samples]}
+    latency |= {"p10": clock.quantile(ours.samples, 0.1) * 1e6, "p90": clock.quantile(ours.samples, 0.9) * 1e6}
+    if "percard" in seen.eager:
+        latency["eager"] = seen.eager["percard"] * 1e6
+    words = f"{latency['median']:.1f} us"
+    if base is not None:
+        words += f", {base['ratio']:.2f} x {base['impl']}"
+    watched = dict(seen.board)
+    power = watched.pop("power_w", None)
+    return {
+        "body": {
+            "impl": body,
+            "isa": native_isa() if body == "cpu" else None,
+            "baseline_dtype": base["impl"].removeprefix("torch ") if base else None,
+        },
+        "clock": {
+            "mode": "graph" if where.type == "cuda" else "wall",
+            "l2": "cold" if cold else "warm",
+            "copies": copies,
+            "power": "burst",
+            "rounds": len(ours.samples),
+            "calls_per_sample": seen.calls,
+            "drift": ours.drift,
+        },
+        "latency_us": latency,
+        "against": against,
+        "roofline": _roofline(work, ours.median, roof, plain.spec.act_bits),
+        "energy": {"avg_power_w": power} if power is not None else None,
+        "quality": {"gate": "synthetic", "reasons": ["agrees with its reference at this shape"]},
+        "card": watched,
+        "words": words,
+    }
+
+
+def _work(ops: Sequence[Op], x: torch.Tensor, plain: QuantTensor, ready: QuantTensor) -> Cost:
+    """Operations and bytes of the ops of a linear, by their contracts."""
+    if len(ops) == 1:
+        return ops[0].contract.cost(*ops[0].contract.unwrap(x, ready))
+    first = ops[0].contract.cost(x)
+    m, k = x.shape
+    xq = torch.empty((m, k), dtype=torch.int8, device="meta")
+    rows = [xq, torch.empty(m, device="meta"), torch.empty(m, dtype=torch.int32, device="meta")]
+    given = rows[:2] if ops[1] is matmul_w8a8 else rows
+    second = ops[1].contract.cost(*ops[1].contract.unwrap(*given, ready, None, x.dtype))
+    return Cost(first.flops + second.flops, first.bytes + second.bytes)
+
+
+def _roofline(work: Cost, seconds: float, roof: Mapping[str, float], act_bits: int) -> dict[str, Any]:
+    """Which roof bounds the case, and the share of it that was reached; None without measured roofs."""
+    rate = roof.get("int8" if act_bits == 8 else "bf16")
+    memory = work.bytes / (roof["copy_gbs"] * 1e9) if roof.get("copy_gbs") else None
+    compute = work.flops / (rate * 1e12) if rate else None
+    out = {"bytes": work.bytes, "flops": work.flops, "bound": None, "mbu": None, "mfu": None, "pct_of_roof": None}
+    if memory is not None:
+        best = max(memory, compute or 0.0)
+        out |= {"bound": "mem" if best == memory else "compute", "pct_of_roof": 100 * best / seconds}
+        out |= {"mbu": memory / seconds, "mfu": None if compute is None else compute / seconds}
+    return out
+
+
+def plan(models: Sequence[str], specs: Sequence[str], tokens: Sequence[int] = WORTH) -> list[tuple[str, Case]]:
+    """(spec, case) of every linear of `models` at `tokens`, by worth: tokens first, as ordered, then models, then specs.
+
+    KeyError names a model or a spec that no case has.
+    """
+    found = []
+    for m in tokens:
+        for model in models:
+            if model not in LAYERS:
+                raise KeyError(f"no cases for {model!r}; known: {', '.join(LAYERS)}")
+            for spec in specs:
+                cases = OPS[ops_of(QuantSpec.parse(spec))[-1].name][1].CASES
+                fits = [c for c in cases if c.real and c.spec == spec and c.m == m and c.name.startswith(f"{model}.")]
+                found += [(spec, case) for case in fits]
+    return found
+
+
+def sections(spec: str, case: Case) -> dict[str, Any]:
+    """What a row says of itself before it is measured."""
+    parsed = QuantSpec.parse(spec)
+    scheme = {"spec": spec, "weight_bits": parsed.weight_bits, "act_bits": parsed.act_bits, "group": parsed.group}
+    shape = {"M": case.m, "N": case.n, "K": case.k}
+    return {"level": "op", "case": case.name, "shape": shape, "scheme": scheme | {"symmetric": parsed.symmetric}}
+
+
+def run(
+    models: Sequence[str] = ("qwen3-0.6b",),
+    specs: Sequence[str] = ("w4a16-g128", "w8a8", "w4a8"),
+    tokens: Sequence[int] = (1, 4, 16, 64, 512),
+    *,
+    impl: str | None = None,
+    rounds: int = 7,
+    device: torch.device | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    command: str = "",
+) -> list[Record]:
+    """Times the linears of `models` here and now, a Record per spec and case; `out` appends each to a JSONL file.
+
+    A case that fails is a record that says so. KeyError for a model that has no cases, FormatError for an unknown spec.
+    """
+    say = progress or (lambda words: None)
+    where = device or card.default_device()
+    todo = plan(models, specs, tokens)
+    shared = next(roof_module.measure(where.type))
+    noisy, words = shared.pop("noisy"), shared.pop("words")
+    say(words)
+    code = record.code_section(command)
+    roof = shared["card"].get("roof") or {"copy_gbs": shared["cpu"].get("read_gbs")}
+    records = []
+    for number, (spec, case) in enumerate(todo, 1):
+        rows: list[dict[str, Any]] = []
+        arguments = {
+            "spec": spec,
+            "case": case.name,
+            "device": where.type,
+            "impl": impl,
+            "rounds": rounds,
+            "roof": roof,
+        }
+        outcome = run_here(f"{__name__}:time_case", arguments, rows.append)
+        row = rows[-1] if rows else {"status": outcome.status, "error": outcome.error}
+        words = row.pop("words", None) or (row.get("error") or {}).get("message", "")
+        row["clock"] = {**row.get("clock", {}), "noisy": noisy}
+        row["card"] = {**shared["card"], **row.get("card", {})}
+        parts = [op.name for op in ops_of(QuantSpec.parse(spec))]
+        key = record.cell_key(
+            case=case.name, spec=spec, impl=impl, rounds=rounds, machine=shared["cpu"]["model"], parts=parts
+        )
+        full = {"env": shared["env"], "cpu": shared["cpu"], "code": {**code, "op_source_hash": source_hash(*parts)}}
+        records.append(Record(cell_key=key, **sections(spec, case), **full, **row))
+        if out is not None:
+            record.append(out, records[-1])
+        say(f"{number}/{len(todo)} {spec} {case.name}: {words}")
+    return records
+
+
+def _us(sample: clock.Sample) -> dict[str, float]:
+    return {"median": sample.median * 1e6, "lo": sample.lo * 1e6, "hi": sample.hi * 1e6}
+
+
+def _clone(w: QuantTensor) -> QuantTensor:
+    zero = None if w.zero is None else w.zero.clone()
+    return dataclasses.replace(w, data=w.data.clone(), scale=w.scale.clone(), zero=zero)
+
+
+def _dense(w: QuantTensor) -> torch.Tensor:
+    return dequantize(w, torch.float32)
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
