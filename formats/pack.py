@@ -29,7 +29,13 @@ def _padded(codes: torch.Tensor, multiple: int, fill: int) -> torch.Tensor:
     missing = -codes.shape[1] % multiple
     if missing:
         return torch.nn.functional.pad(codes, (0, missing), value=fill)
-    return codes.contiguous()
+    # A single row may keep the stride of the matrix it was cut from; words need the one of its own size.
+    return codes.contiguous().view(-1).view(codes.shape)
+
+
+def _view(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of `x` [R, C] as `dtype` [R, ?]. By way of one dimension: a single row or column may have odd strides."""
+    return x.contiguous().reshape(-1).view(dtype).reshape(x.shape[0], -1)
 
 
 def pack(codes: torch.Tensor, bits: int, dim: int = 1) -> torch.Tensor:
@@ -52,10 +58,10 @@ def pack(codes: torch.Tensor, bits: int, dim: int = 1) -> torch.Tensor:
         if lo < -half or hi >= half:
             raise FormatError(f"codes reach from {lo} to {hi}, {bits} bits hold {-half}..{half - 1}; encode them again")
     if bits == 8:  # q + 128 is q with its top bit turned; -128 pads to unsigned 0
-        return (_padded(codes, 4, -128) ^ -128).view(torch.int32)
+        return _view(_padded(codes, 4, -128) ^ -128, torch.int32)
     if bits == 4:
         u = (_padded(codes, 8, -8) + 8).view(torch.uint8)
-        return (u[:, 0::2] | (u[:, 1::2] << 4)).view(torch.int32)
+        return _view(u[:, 0::2] | (u[:, 1::2] << 4), torch.int32)
     u = _padded(codes, 32, -half)
     words = torch.zeros(rows, u.shape[1] // 32, bits, dtype=torch.int64, device=codes.device)
     for i in range(32):
@@ -84,11 +90,10 @@ def unpack(words: torch.Tensor, bits: int, n: int, dim: int = 1) -> torch.Tensor
     half = 1 << (bits - 1)
     if words.numel() == 0:
         return torch.empty(rows, n, dtype=torch.int8, device=words.device)
-    words = words.contiguous()
     if bits == 8:
-        return (words.view(torch.int8) ^ -128)[:, :n].contiguous()
+        return (_view(words, torch.int8) ^ -128)[:, :n].contiguous()
     if bits == 4:
-        u = words.view(torch.uint8)
+        u = _view(words, torch.uint8)
         out = torch.empty(rows, u.shape[1] * 2, dtype=torch.int8, device=words.device)
         out[:, 0::2] = u & 15
         out[:, 1::2] = u >> 4

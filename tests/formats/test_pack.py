@@ -74,6 +74,17 @@ def test_every_code_and_strides() -> None:
         assert torch.equal(unpack(pack(q.t(), bits).t().contiguous().t(), bits, 3), q.t())
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_single_rows_and_columns(bits: int) -> None:
+    """Transposed single rows and columns call themselves contiguous, with strides that a view of bytes refuses."""
+    q = torch.randint(-4, 4, (24, 1), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    assert torch.equal(unpack(pack(q, bits, dim=0), bits, 24, dim=0), q)
+    assert torch.equal(pack(q.t(), bits), pack(q.t().clone(), bits))
+    words = pack(q, bits)
+    assert torch.equal(unpack(words.t().clone().t(), bits, 1), q)
+    assert torch.equal(unpack(words.t().t().contiguous(), bits, 1), q)
+
+
 def test_empty() -> None:
     for bits in (3, 4, 8):
         assert pack(torch.empty(0, 16, dtype=torch.int8), bits).shape == (0, word_count(16, bits))
@@ -94,3 +105,9 @@ def test_empty() -> None:
 def test_refuses(call, says: str) -> None:
     with pytest.raises(FormatError, match=says):
         call()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_single_group_packs_along_rows(bits):
+    codes = torch.arange(-8, 8, dtype=torch.int8)[:, None]  # [16, 1]: its transpose is a row with the stride of a column
+    assert torch.equal(unpack(pack(codes, bits, 0), bits, 16, 0), codes)
