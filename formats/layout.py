@@ -116,7 +116,7 @@ def _unpack(
     _check(qt, packing, bits, packing)
     (rows, columns), (n, k) = qt.shape, padded_shape(qt.shape, packing)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=qt.data.device)
-    flat = qt.data.contiguous().view(torch.uint8).view(n, -1) if codes.numel() else qt.data
+    flat = qt.data.contiguous().reshape(-1).view(torch.uint8).view(n, -1) if codes.numel() else qt.data
     for start, stop in _row_steps(n, k) if codes.numel() else ():
         last = min(stop, rows)
         if last <= start:
