@@ -16,9 +16,10 @@ import zlib
 from pathlib import Path
 
 import torch
+from rich.progress import track
+
 from percard.bench.engine.config import SHAPES, shape_names
 from percard.formats.checkpoint import Writer
-from rich.progress import track
 
 
 def tensors(config: dict) -> dict[str, tuple[int, ...]]:

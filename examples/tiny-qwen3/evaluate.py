@@ -122,7 +122,9 @@ def main() -> None:
         "python": python,
         str(spec): {"kl": three_bit.kl, "top1": three_bit.top1, "perplexity": three_bit.perplexity},
     }
-    print(f"held-out perplexity      {three_bit.perplexity_reference:.2f}   ({three_bit.tokens} tokens, window {window})")
+    print(
+        f"held-out perplexity      {three_bit.perplexity_reference:.2f}   ({three_bit.tokens} tokens, window {window})"
+    )
     print(f"held-out bits per token  {math.log2(three_bit.perplexity_reference):.2f}")
     print(
         f"completions that pass    {python['completions']:.1%}   true continuations {python['true']:.1%}, "

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import sysconfig
 import time
@@ -278,7 +277,7 @@ def held_out_loss(model, data: np.ndarray, length: int) -> float:
 def write_checkpoint(model: nn.Module, out: Path) -> None:
     tensors = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
     save_file(tensors, out / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(out / "model.safetensors.tmp", out / "model.safetensors")
+    (out / "model.safetensors.tmp").replace(out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0}, indent=2) + "\n")
     about = {
@@ -371,7 +370,7 @@ def main() -> None:
                 print(f"  held-out loss {held_loss:.4f}, perplexity {math.exp(held_loss):.2f}", flush=True)
             state = {"model": model.state_dict(), "step": step + 1, "optimisers": [o.state_dict() for o in optimisers]}
             torch.save(state, state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
+            state_file.with_suffix(".tmp").replace(state_file)
     write_checkpoint(model, args.out)
     print(f"wrote {args.out / 'model.safetensors'}")
 
