@@ -111,7 +111,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     known = ", ".join(t for f in FAMILIES for t in f.model_types)
     names = config.get("architectures")
     found = f"model_type {kind!r}" + (f", architectures {names}" if names else "")
-    raise FormatError(f"{where}: unknown architecture ({found}); known model types: {known}")
+    raise FormatError(f"{where}/config.json: unknown architecture ({found}); known model types: {known}")
 
 
 def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:

@@ -152,7 +152,9 @@ def quantize(
         raise typer.BadParameter("--out is missing; name the folder to write")
     with console.showing_progress(as_json) as progress:
         report = compose.quantize(src, target, recipe=plan, force=force, progress=progress)
-    _show(report, as_json)
+    _show(report, as_json, compose.show_report)
+    if report.status == "red":
+        raise typer.Exit(console.GATE_RED)
 
 
 @app.command(help=VERIFY_HELP, short_help="Re-open what was written, compare with its source.")
@@ -294,8 +296,12 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=list(arguments), standalone_mode=False, prog_name="percard")
     except (KeyboardInterrupt, typer.Abort):
         return console.fail(KeyboardInterrupt(), verb, "--json" in arguments)
+    except SystemExit as ending:  # the parser's answer to a reader that went away
+        code = ending.code
     except Exception as error:
         return console.fail(error, verb, "--json" in arguments)
+    if code == console.INTERRUPTED:  # the parser's answer to Ctrl-C
+        return console.fail(KeyboardInterrupt(), verb, "--json" in arguments)
     return code if isinstance(code, int) else console.DONE
 
 

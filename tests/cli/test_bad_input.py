@@ -188,7 +188,7 @@ def test_a_source_that_is_not_there(source: str, tmp_path: Path, percard: Run, m
         (["quantize", "x", "--spec", "w8a8"], "--out"),
         (["quantize", "x", "--spec", "w8a8", "--out", "y", "--method", "magic"], "magic"),
         (["verify", "x"], "--against"),
-        (["generate", "x", "--prompt", "a", "--max-new", "none"], "none"),
+        (["generate", "x", "--prompt", "a", "--max-new", "none"], "--max-new"),
         (["bench", "model", "shape:nothing", "--specs", "w8a8"], "nothing"),
     ],
 )
