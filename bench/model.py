@@ -229,12 +229,15 @@ def _load_sides(
     def models(where: str | Path, spec: QuantSpec | None, found: Probe) -> tuple[dict[str, Model], float]:
         begin = time.perf_counter()
         dtypes = {phase: found.fastest(phase) for phase in PHASES}
-        decode = load(where, spec=spec, dtype=dtypes["decode"], impl=impl if spec else None, **options)
+        lender = sides[0].models["decode"] if sides else None
+        decode = load(where, spec=spec, dtype=dtypes["decode"], impl=impl if spec else None, share=lender, **options)
         return {"prefill": decode.with_dtype(dtypes["prefill"]), "decode": decode}, time.perf_counter() - begin
 
+    sides: list[Side] = []
     say(f"loading {reference} in 16 bits, {config.layers} layers")
     held, seconds = models(reference, None, probes[BASELINE])
-    sides = [Side(BASELINE, None, "16bit", held, {}, seconds)]
+    sides.append(Side(BASELINE, None, "16bit", held, {}, seconds))
+    int8: Model | None = None
     wanted: list[QuantSpec | None] = list(specs)
     if reference != source:
         wanted = [None]  # the checkpoint knows its own spec
@@ -245,7 +248,8 @@ def _load_sides(
         name = str(found)
         if plan.head == "int8-row":
             begin = time.perf_counter()
-            int8 = held["decode"].with_head("int8-row")
+            same = int8 is not None and int8.synthetic and int8.dtype == held["decode"].dtype
+            int8 = held["decode"].with_head_of(int8) if same else held["decode"].with_head("int8-row")
             both = {"prefill": int8.with_dtype(held["prefill"].dtype), "decode": int8}
             sides.append(Side(name, found, "int8-row", both, {}, seconds + time.perf_counter() - begin))
             sides.append(Side(f"{name} 16bit head", found, "16bit", held, {}, seconds, twin=True))

@@ -18,9 +18,10 @@ from .engine import rope
 from .engine.cache import Cache
 from .engine.config import Config
 from .engine.model import block, causal, step_into
-from .engine.weights import SyntheticSource, one_block
+from .engine.weights import SyntheticSource, copied, one_block
 
 PHASES = ("prefill", "decode")
+_COLD = 2**28  # bytes of 16-bit weights that a decode probe goes through: one layer alone would stay in a CPU's cache
 FLOATS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -83,6 +84,9 @@ def _one(
     now: Callable[[], float],
 ) -> dict[str, float]:
     weights = one_block(config, SyntheticSource(dtype, device, spec, 0), dtype=dtype, device=device, impl=impl)
+    # The same number of copies for every dtype and spec, as a model has the same number of layers.
+    copies = max(1, min(config.layers, _COLD // (2 * config.block_parameters())))
+    layers = [weights] + [copied(weights) for _ in range(copies - 1)]
     cos, sin = rope.tables(config.rope, config.head_dim, prompt + 1, dtype, device)
     x = torch.randn(batch, prompt, config.hidden, device=device).to(dtype)
     cache = Cache.new(config, batch, prompt + 1, dtype, device, layers=1)
@@ -92,9 +96,11 @@ def _one(
         block(x.clone(), weights, config, 0, cos[:prompt], sin[:prompt], causal, impl)
 
     def decode() -> None:
-        block(x[:, -1:].clone(), weights, config, 0, cos[prompt:], sin[prompt:], step_into(cache, device), impl)
+        token = x[:, -1:].clone()
+        for layer in layers:
+            token = block(token, layer, config, 0, cos[prompt:], sin[prompt:], step_into(cache, device), impl)
 
-    return {"prefill": _best(prefill, device, now), "decode": _best(decode, device, now)}
+    return {"prefill": _best(prefill, device, now), "decode": _best(decode, device, now) / copies}
 
 
 def _best(function: Callable[[], None], device: torch.device, now: Callable[[], float]) -> float:

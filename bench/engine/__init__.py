@@ -38,6 +38,7 @@ def load(
     seed: int = 0,
     max_len: int = 4096,
     device: torch.device | str | None = None,
+    share: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """The model in folder `source`, or synthetic weights of `shape:<name>`.
@@ -45,7 +46,8 @@ def load(
     `spec` rounds 16-bit linears at load (the head keeps 16 bits unless `head="int8-row"`); a quantised checkpoint
     brings its own. `dtype` of activations and 16-bit weights: the config's by default. `layers` runs the first so many
     blocks. `impl` names the body of every op, None = the first that serves. `max_len` tokens per sequence at most
-    (never above the model's context). `progress(done, blocks)`. FormatError for anything that cannot be read.
+    (never above the model's context). `share` is a synthetic model of the same shape and seed that lends its embedding
+    and 16-bit head. `progress(done, blocks)`. FormatError for anything that cannot be read.
     """
     if head not in HEADS:
         raise ValueError(f"head {head!r} is not known; known: {', '.join(HEADS)}")
@@ -63,11 +65,14 @@ def load(
         config = replace(config, layers=layers)
     dtype = config.dtype if dtype is None else dtype
     if checkpoint is None:
-        origin: RealSource | SyntheticSource = SyntheticSource(dtype, where, spec, seed)
+        lent = None
+        if share is not None and (share.source, share.seed, share.dtype) == (str(source), seed, dtype):
+            lent = share.weights
+        origin: RealSource | SyntheticSource = SyntheticSource(dtype, where, spec, seed, lent)
     else:
         origin = RealSource(checkpoint, dtype, where, spec)
         spec = origin.main_spec
     held = weights.build(config, origin, dtype=dtype, device=where, impl=impl, progress=progress)
     cos, sin = rope.tables(config.rope, config.head_dim, min(max_len, config.context), dtype, where)
-    model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), synthetic, cos, sin)
+    model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), seed if synthetic else None, cos, sin)
     return model.with_head(head)

@@ -107,7 +107,8 @@ class Model:
     """A decoder that is ready to run. Build it with `bench.engine.load`.
 
     `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
-    `cos` and `sin` are rope tables [max_len, 1, D].
+    `seed` is what synthetic weights were drawn with, None = they are real; `cos` and `sin` are rope tables
+    [max_len, 1, D].
     """
 
     config: Config
@@ -118,9 +119,15 @@ class Model:
     head: str
     impl: str | None
     source: str
-    synthetic: bool
+    seed: int | None
     cos: torch.Tensor
     sin: torch.Tensor
+
+    def with_head_of(self, other: Model) -> Model:
+        """The same blocks with the very head of `other`, so that two sides of a comparison hold it once."""
+        if (other.config.vocab, other.config.hidden, other.seed) != (self.config.vocab, self.config.hidden, self.seed):
+            raise ValueError(f"{other.source} and {self.source} do not have the same head")
+        return replace(self, weights=replace(self.weights, head=other.weights.head), head=other.head)
 
     @torch.inference_mode()
     def with_dtype(self, dtype: torch.dtype) -> Model:
@@ -129,6 +136,10 @@ class Model:
             return self
         held = weights_module.cast(self.weights, dtype)
         return replace(self, weights=held, dtype=dtype, cos=self.cos.to(dtype), sin=self.sin.to(dtype))
+
+    @property
+    def synthetic(self) -> bool:
+        return self.seed is not None
 
     @property
     def nbytes(self) -> int:

@@ -98,6 +98,9 @@ class RealSource:
         self.names = frozenset(checkpoint.names)
         self.spec = spec
         self.specs: dict[str, QuantSpec] = {}
+        self.parts: dict[str, set[str]] = {}  # module -> suffixes of its tensors
+        for module, _, suffix in (name.rpartition(".") for name in self.names):
+            self.parts.setdefault(module, set()).add(suffix)
         if compressed_tensors.claims(checkpoint.config):
             self.specs = compressed_tensors.specs(checkpoint.config, list(checkpoint.names))
         elif quantised := checkpoint.config.get("quantization_config"):
@@ -124,10 +127,8 @@ class RealSource:
 
     def linear(self, module: str, shape: tuple[int, int]) -> Weight:
         if module in self.specs:
-            start = f"{module}."
-            parts = {n.removeprefix(start): self.checkpoint.read(n) for n in self.names if n.startswith(start)}
-            parts.pop("bias", None)
-            return compressed_tensors.read(parts, self.specs[module], shape).to(self.device)
+            parts = {suffix: self.checkpoint.read(f"{module}.{suffix}") for suffix in self.parts[module] - {"bias"}}
+            return compressed_tensors.read(parts, self.specs[module], shape, module).to(self.device)
         weight = self.tensor(f"{module}.weight", shape)
         if self.spec is None or module == "lm_head" or self.specs:
             return weight
@@ -138,17 +139,24 @@ class SyntheticSource:
     """Weights drawn normal with std 1/sqrt(K), as trained ones are scaled, and norms near 1; same seed, same weights.
 
     Each tensor has its own seed from its name, so the 16-bit side and every quantised side start from equal numbers.
+    `lent` are weights of the same seed and dtype whose embedding and 16-bit head are taken instead of drawn again.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, spec: QuantSpec | None, seed: int):
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, spec: QuantSpec | None, seed: int, lent: Weights | None = None
+    ):
+        self.lent = lent
         self.dtype, self.device, self.spec, self.seed = dtype, device, spec, seed
         self.errors: list[float] = []  # SQNR in dB of the first block's linears
 
     def _normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()) + (self.seed << 32))
+        # One 32-bit number: torch's CPU generator takes no more of a seed than that.
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{name}".encode()))
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name == "model.embed_tokens.weight" and self.lent is not None:
+            return self.lent.embedding
         values = self._normal(name, shape)
         if name.endswith("norm.weight"):
             values = 1 + 0.1 * values
@@ -157,6 +165,8 @@ class SyntheticSource:
         return values.to(self.dtype)
 
     def linear(self, module: str, shape: tuple[int, int]) -> Weight:
+        if module == "lm_head" and self.lent is not None and isinstance(self.lent.head, torch.Tensor):
+            return self.lent.head
         weight = (self._normal(f"{module}.weight", shape) / math.sqrt(shape[1])).to(self.dtype)
         if self.spec is None or module == "lm_head":
             return weight
@@ -198,6 +208,18 @@ def one_block(
 ) -> Block:
     """The first block alone, ready to run: for probes that need no whole model."""
     return _block(config, source, "model.layers.0.", dtype, device, impl, {})
+
+
+def copied(block: Block) -> Block:
+    """The same block in memory of its own."""
+
+    def one(value: Weight | None) -> Weight | None:
+        if isinstance(value, QuantTensor):
+            zero = None if value.zero is None else value.zero.clone()
+            return replace(value, data=value.data.clone(), scale=value.scale.clone(), zero=zero)
+        return None if value is None else value.clone()
+
+    return Block(**{name: one(value) for name, value in vars(block).items()})
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
