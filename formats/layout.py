@@ -44,7 +44,7 @@ def padded_shape(shape: tuple[int, int], packing: str) -> tuple[int, int]:
     return -(-shape[0] // rows) * rows, -(-shape[1] // BLOCK) * BLOCK
 
 
-def _storage(shape: tuple[int, int], packing: str) -> tuple[torch.dtype, tuple[int, ...]]:
+def storage(shape: tuple[int, int], packing: str) -> tuple[torch.dtype, tuple[int, ...]]:
     """dtype and shape of `data` in a packing."""
     n, k = padded_shape(shape, packing)
     return {
@@ -74,7 +74,7 @@ def _check(qt: QuantTensor, packing: str, bits: int, wanted: str) -> None:
         )
     if wanted == "plain":
         return
-    dtype, shape = _storage(qt.shape, packing)
+    dtype, shape = storage(qt.shape, packing)
     if qt.data.dtype != dtype or tuple(qt.data.shape) != shape:
         raise FormatError(
             f"packing {packing}: data is {qt.data.dtype} {tuple(qt.data.shape)}, expected {dtype} {shape} for {qt.shape}"
@@ -85,7 +85,7 @@ def _pack(qt: QuantTensor, packing: str, bits: int, to_data: Callable[[torch.Ten
     """Pad codes, scale and zero, and lay out the codes by `to_data`: int8 [n, Kp] (4 bits: uint8, unsigned) to bytes."""
     _check(qt, packing, bits, "plain")
     (rows, columns), (n, k) = qt.shape, padded_shape(qt.shape, packing)
-    dtype, shape = _storage(qt.shape, packing)
+    dtype, shape = storage(qt.shape, packing)
     device = qt.data.device
     data = torch.empty(shape, dtype=dtype, device=device)
     flat = data.view(torch.uint8).view(n, -1) if data.numel() else data

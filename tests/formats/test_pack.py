@@ -109,5 +109,7 @@ def test_refuses(call, says: str) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_single_group_packs_along_rows(bits):
-    codes = torch.arange(-8, 8, dtype=torch.int8)[:, None]  # [16, 1]: its transpose is a row with the stride of a column
+    codes = torch.arange(-8, 8, dtype=torch.int8)[
+        :, None
+    ]  # [16, 1]: its transpose is a row with the stride of a column
     assert torch.equal(unpack(pack(codes, bits, 0), bits, 16, 0), codes)
