@@ -133,7 +133,8 @@ def ulp(values: torch.Tensor) -> torch.Tensor:
     _, exponent = torch.frexp(values.float())
     info = torch.finfo(values.dtype)
     step = torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float32), exponent - 1)
-    return step.clamp_min(info.eps * info.tiny).where(torch.isfinite(values), torch.zeros_like(step))
+    step = step.where(values != 0, torch.zeros_like(step)).clamp_min(info.eps * info.tiny)
+    return step.where(torch.isfinite(values), torch.zeros_like(step))
 
 
 def weight_bytes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bias: torch.Tensor | None) -> int:

@@ -25,7 +25,7 @@ SCHEMA = (
     "(Tensor xq, Tensor sx, Tensor xsum, Tensor w, Tensor scale, Tensor? bias, int n, int k, int group, str packing,"
     " ScalarType out_dtype) -> Tensor"
 )
-MAX_K = 132104  # one limit for all int8 ops; here even 127 * 15 * K stays far below 2^31
+MAX_K = 132104  # one limit for all int8 ops: 16 * 8 * 127 * K stays below 2^31, so a body may multiply 16 q
 
 Flat = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int, str,

@@ -1,0 +1,61 @@
+"""The Triton bodies without a card: the conformance suite again, in a process where Triton interprets its kernels.
+
+A process of its own, because TRITON_INTERPRET must stand before triton is imported, and then no kernel of that process
+can be compiled any more (which the tests of inspection.py do). The interpreter cannot do inline assembly, and until
+September 2026 multiplied bf16 as bit patterns: so fp16 runs here, with USE_ASM off; bf16 and assembly run on a card.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from percard.kernels import device
+
+OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w4a8")
+SUITE = Path(__file__).with_name("test_conformance.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ElementTree.Element]]:
+    """The test cases of the interpreted suite, with what failed in them."""
+    if device.has_card():
+        pytest.skip("a card is here: make test-gpu runs the compiled kernels")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed; pip install triton")
+    report = tmp_path_factory.mktemp("interpreter") / "report.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(SUITE),
+        "-k",
+        "triton",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=SUITE.parents[2], capture_output=True, text=True, timeout=600)
+    assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    yield list(ElementTree.parse(report).getroot().iter("testcase"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_body_agrees_with_its_reference(results: list[ElementTree.Element], op: str) -> None:
+    mine = [case for case in results if f"[{op}-triton" in case.get("name", "")]
+    failed = [
+        f"{case.get('name')}: {(fault.text or fault.get('message') or '')[-1500:]}"
+        for case in mine
+        for fault in (*case.findall("failure"), *case.findall("error"))
+    ]
+    assert not failed, "\n\n".join(failed)
+    ran = [case for case in mine if case.find("skipped") is None]
+    assert len(ran) >= 20, f"only {len(ran)} of {len(mine)} ran"
