@@ -134,8 +134,10 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     by_rows = METHODS[recipe.rounding.method].by_rows
     disk, memory = output + sides + DISK_MARGIN, _memory(found, assignment, plan, by_rows)
     free_disk, free_memory = _disk_free(Path(dst)) if dst is not None else None, _memory_free()
-    rows = tuple(engines.rows(recipe.serve, sorted({str(s) for s in assignment.specs.values()}), recipe.container))
-    refusals = [*engines.refusals(rows), *_splits(found, assignment, source, recipe)]
+    rows = tuple(engines.rows(recipe.serve, found, assignment))
+    refusals = engines.refusals(rows, recipe.serve.sm)
+    if recipe.serve.tp > 1:
+        refusals += engines.splits(source.config, found, assignment, recipe.serve.tp)
     if free_disk is not None and disk > free_disk:
         refusals.append(f"{dst}: needs {human(disk)} of disk, {human(free_disk)} are free; free some or choose another --out")
     if free_memory is not None and memory > free_memory:
@@ -226,13 +228,6 @@ def _disk_free(dst: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _splits(found: Map, assignment: Assignment, source: Checkpoint, recipe: Recipe) -> list[str]:
-    """Refusals of the tensor-parallel size that the recipe names."""
-    if recipe.serve.tp == 1:
-        return []
-    return engines.splits(source.config, found, assignment, recipe.serve.tp)
 
 
 def _warnings(source: Checkpoint, found: Map, assignment: Assignment, recipe: Recipe) -> list[str]:

@@ -54,7 +54,8 @@ def run(
         output.write(out.folder / report.REPORT_NAME, done.to_json())
         if recipe.card:
             name = report.SECOND_CARD_NAME if (source_path / report.CARD_NAME).exists() else report.CARD_NAME
-            output.write(out.folder / name, report.card(done, plan.base, engines.commands(out_path, sorted({m.spec for m in modules}))))
+            commands = engines.commands(out_path, plan.found, plan.assignment)
+            output.write(out.folder / name, report.card(done, plan.base, commands))
         out.publish()
     return done
 
