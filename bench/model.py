@@ -20,36 +20,21 @@ from typing import Any
 
 import torch
 
+from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
-from ..formats.compressed_tensors import claims
 from ..formats.spec import FormatError, QuantSpec
 from . import card, clock, quality, record
 from .engine import Model, load, load_config
 from .engine.config import Config
+from .engine.graphs import capture
+from .fair import NotComparable, Plan, cache_noise, choose_layers, memory_fits
 from .probe import FLOATS, PHASES, Probe, probe
 from .record import Record
 
+__all__ = ["BASELINE", "NotComparable", "Plan", "Side", "run"]
+
 BASELINE = "baseline"
 _AGAIN = "baseline again"  # the A/A run: its distance from the baseline is the noise floor
-_CACHE_SHARE = 4  # weights must be so many times the cache, or a part of them never leaves it
-
-
-class NotComparable(ValueError):
-    """These sides cannot be compared fairly here; the text says why and what to change. Exit code 3."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to time. `prompt` and `new` tokens, `layers` of the model (None = all, or as many as `budget_s` allows)."""
-
-    prompt: int = 512
-    new: int = 32
-    batch: int = 1
-    rounds: int = 3
-    layers: int | None = None
-    budget_s: float | None = None
-    head: str = "int8-row"
-    seed: int = 0
 
 
 @dataclass
@@ -99,25 +84,35 @@ def run(
     if not str(source).startswith("shape:") and text is None and gates is None:
         raise FormatError(f"{source}: real weights need a held-out text for the quality gate; give --text FILE")
     if plan.prompt + plan.new > config.context:
-        raise FormatError(f"{source}: {plan.prompt} + {plan.new} tokens are above the context of {config.context}")
-
+        if plan.new >= config.context:
+            raise FormatError(f"{source}: {plan.new} new tokens do not fit the context of {config.context}; give fewer")
+        plan = replace(plan, prompt=config.context - plan.new)
+        say(f"prompt cut to {plan.prompt} tokens: the context is {config.context}")
     probes = _probes(config, parsed, plan, where, impl, say)
-    config, plan = _choose_layers(config, probes, plan)
-    _memory_fits(config, parsed, where)
-    noisy = card.noise(where) + _cache_noise(config, probes, where)
-    sides = _load_sides(source, reference, parsed, config, plan, probes, where, impl, say)
+    config, plan = choose_layers(config, probes, plan)
+    memory_fits(config, parsed, where)
+    noisy = card.noise(where) + cache_noise(config, where)
+    max_len = max(plan.prompt + plan.new, 0 if text is None else min(config.context, 2048))
+    sides = _load_sides(source, reference, parsed, config, plan, probes, max_len, where, impl, say)
     _gate(sides, reference, text, gates or {}, say)
     timed = {side.name: side for side in sides if side.timed}
     say(f"timing prefill of {plan.prompt} tokens, {plan.rounds} rounds of {len(timed)}")
     samples = {"prefill": _time_prefill(timed, plan, where), "decode": {}}
     say(f"timing {plan.new} decode steps at depth {plan.prompt}, {plan.rounds} rounds of {len(timed) + 1}")
-    samples["decode"] = _time_decode(timed, plan, where)
+    samples["decode"], words = _time_decode(timed, plan, where)
+    noisy += words
     again = samples["decode"].pop(_AGAIN)
     floor = abs(clock.ratio(samples["decode"][BASELINE], again).median - 1) * 100
     seconds = time.perf_counter() - started
 
     shared = _shared(where, floor, command)
-    shared["clock"] = {"mode": "wall", "l2": "warm", "rounds": plan.rounds, "calls_per_sample": 1, "warmup": 1}
+    shared["clock"] = {
+        "mode": "graph" if where.type == "cuda" and not words else "wall",
+        "l2": "warm",
+        "rounds": plan.rounds,
+        "calls_per_sample": 1,
+        "warmup": 1,
+    }
     shared["clock"] |= {"noisy": noisy, "power": "sustained"}
     records = []
     for side in sides:
@@ -139,13 +134,15 @@ def _sources(
             raise FormatError(f"{source}: synthetic weights are their own 16-bit side; drop --against")
         return source, specs, load_config(source)
     config = load_config(source)
-    if not claims(Checkpoint.open(Path(source)).config):
+    opened = Checkpoint.open(Path(source))
+    if not compressed_tensors.claims(opened.config):
         return source, specs, config
     if specs:
         raise FormatError(f"{source}: is quantised already, so --specs has no meaning; give the 16-bit checkpoint")
     if against is None:
         raise FormatError(f"{source}: is quantised; name the 16-bit checkpoint it came from with --against")
-    return against, [], config
+    found = list(compressed_tensors.specs(opened.config, opened.names).values())
+    return against, [max(set(found), key=found.count)], config
 
 
 def _probes(
@@ -163,50 +160,6 @@ def _probes(
     return found
 
 
-def _choose_layers(config: Config, probes: Mapping[str, Probe], plan: Plan) -> tuple[Config, Plan]:
-    """The number of layers asked for, or as many (2 at least) as the probes say fit `budget_s`."""
-    layers = config.layers if plan.layers is None else plan.layers
-    if not 1 <= layers <= config.layers:
-        raise FormatError(f"{config.name}: layers={layers} is outside 1 .. {config.layers}")
-    if plan.layers is None and plan.budget_s is not None:
-        head_in_blocks = config.vocab * config.hidden / config.block_parameters()
-        fixed = per_layer = 0.0
-        for found in probes.values():
-            prefill, decode = (found.seconds[p][found.fastest(p)] for p in PHASES)
-            per_layer += prefill + plan.new * decode
-            fixed += plan.new * decode * head_in_blocks
-        turns = plan.rounds + 1  # one warms up
-        layers = int((plan.budget_s / turns - fixed) / per_layer)
-        layers = max(min(layers, config.layers), min(2, config.layers))
-    return replace(config, layers=layers), replace(plan, layers=layers)
-
-
-def _memory_fits(config: Config, specs: Sequence[QuantSpec], device: torch.device) -> None:
-    """NotComparable when the sides do not fit memory together: A B A B needs them there at the same time."""
-    blocks, table = config.layers * config.block_parameters(), config.vocab * config.hidden
-    tables = 1 if config.tied else 2
-    need = 2 * (blocks + tables * table)
-    for spec in specs:
-        need += int(blocks * (spec.weight_bits if spec.weight_bits != 3 else 16) / 8 * 1.05) + 3 * tables * table
-    free = card.free_bytes(device)
-    if need > free:
-        raise NotComparable(
-            f"{config.name}: baseline and {len(specs)} variants need {need / 1e9:.1f} GB together and "
-            f"{free / 1e9:.1f} GB are free; give fewer --specs, or --layers N"
-        )
-
-
-def _cache_noise(config: Config, probes: Mapping[str, Probe], device: torch.device) -> list[str]:
-    """Weights that stay in cache make every figure too good: refused on a card, said in the row on a CPU."""
-    size, weights = card.last_level_cache(device), 2 * config.layers * config.block_parameters()
-    if not size or weights >= _CACHE_SHARE * size:
-        return []
-    words = f"weights of {weights / 2**20:.0f} MiB (16-bit) would stay in the {size / 2**20:.0f} MiB cache"
-    if device.type == "cuda":
-        raise NotComparable(f"{config.name}: {words}; give more --layers")
-    return [f"cache: {words}"]
-
-
 def _load_sides(
     source: str | Path,
     reference: str | Path,
@@ -214,6 +167,7 @@ def _load_sides(
     config: Config,
     plan: Plan,
     probes: Mapping[str, Probe],
+    max_len: int,
     device: torch.device,
     impl: str | None,
     say: Callable,
@@ -221,7 +175,7 @@ def _load_sides(
     """Baseline, then each variant with the head asked for and, beside an int8 head, with the 16-bit one."""
     options: dict[str, Any] = {
         "layers": config.layers,
-        "max_len": plan.prompt + plan.new,
+        "max_len": max_len,
         "device": device,
         "seed": plan.seed,
     }
@@ -243,7 +197,7 @@ def _load_sides(
         wanted = [None]  # the checkpoint knows its own spec
     for spec in wanted:
         say(f"loading {source} as {spec or 'what it is'}")
-        held, seconds = models(source, spec, probes[str(spec) if spec else BASELINE])
+        held, seconds = models(source, spec, probes[str(spec or specs[0])])
         found = held["decode"].spec
         name = str(found)
         if plan.head == "int8-row":
@@ -303,33 +257,38 @@ def _time_prefill(sides: Mapping[str, Side], plan: Plan, device: torch.device) -
     return clock.ab(calls, rounds=plan.rounds, device=device, before=before)
 
 
-def _time_decode(sides: Mapping[str, Side], plan: Plan, device: torch.device) -> dict[str, clock.Sample]:
-    """Seconds of one greedy step, from `new` steps in a row."""
-    caches, calls, firsts = {}, {}, {}
-    prompt = None
+def _time_decode(
+    sides: Mapping[str, Side], plan: Plan, device: torch.device
+) -> tuple[dict[str, clock.Sample], list[str]]:
+    """Seconds of one greedy step, from `new` steps in a row (one CUDA graph on a card); words on what went otherwise."""
+    caches, calls, firsts, words = {}, {}, {}, []
     for name, side in sides.items():
         model = side.models["decode"]
-        prompt = _tokens(model.config.vocab, (plan.batch, plan.prompt), 0, device) if prompt is None else prompt
         caches[name] = model.new_cache(plan.batch, plan.prompt + plan.new)
         # What attention reads has the scale of real keys and values; a prefill per side would cost more than it says.
         caches[name].keys.normal_()
         caches[name].values.normal_()
+        firsts[name] = torch.zeros(plan.batch, dtype=torch.int64, device=device)
 
         def steps(model: Model = model, name: str = name) -> None:
             tokens = firsts[name]
+            caches[name].rewind(plan.prompt)
             for _ in range(plan.new):
                 tokens = model.step(tokens, caches[name]).argmax(dim=-1)
 
-        calls[name] = steps
-    calls[_AGAIN], caches[_AGAIN] = calls[BASELINE], caches[BASELINE]
+        try:
+            calls[name] = capture(steps, device)
+        except RuntimeError as error:
+            calls[name] = steps
+            words.append(f"{name}: no CUDA graph ({str(error).splitlines()[0]}), steps are launched one by one")
+    calls[_AGAIN], firsts[_AGAIN] = calls[BASELINE], firsts[BASELINE]
+    vocab = sides[BASELINE].models["decode"].config.vocab
 
     def before(name: str, turn: int) -> None:
-        of = BASELINE if name == _AGAIN else name
-        caches[of].rewind(plan.prompt)
-        firsts[of] = _tokens(sides[of].models["decode"].config.vocab, (plan.batch,), turn, device)
+        firsts[name].copy_(_tokens(vocab, (plan.batch,), turn, device))
 
     whole = clock.ab(calls, rounds=plan.rounds, device=device, before=before)
-    return {name: clock.Sample.of([s / plan.new for s in sample.samples]) for name, sample in whole.items()}
+    return {name: clock.Sample.of([s / plan.new for s in sample.samples]) for name, sample in whole.items()}, words
 
 
 def _tokens(vocab: int, shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:

@@ -229,6 +229,8 @@ class Model:
         cache.need(width)
         hidden = self._run(ids, 0, prefill_into(cache))
         cache.lengths = list(lengths)
+        if min(lengths) == width:  # no index to bring to the device
+            return self.head_logits(hidden[:, -1])
         ends = torch.tensor(lengths, device=self.device) - 1
         return self.head_logits(hidden[torch.arange(batch, device=self.device), ends])
 
