@@ -147,6 +147,19 @@ def test_a_wrong_body_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected torch.float16" in with_run(lambda *f: right(*f).float())[0]
 
 
+def test_rounded_weights_are_in_tolerance_above_64_rows_of_bf16_only() -> None:
+    for m, dtype, fits in ((64, torch.bfloat16, False), (65, torch.bfloat16, True), (65, torch.float16, False)):
+        args = w4a16_cases.inputs(shapes.small(m, 64, 512, "w4a16-g128-asym", dtype), 7)
+        flat = matmul_w4a16.contract.unwrap(*args)
+        want = matmul_w4a16(*args, impl="reference")
+        allowed = matmul_w4a16.contract.tolerance(want, *flat)
+        weight = values(*flat[1:4], 128)
+        rounded = (args[0].float() @ weight.to(torch.bfloat16).float().T).to(dtype)
+        assert (difference("rounded", rounded, want, allowed) is None) == fits
+        one_group_lost = (args[0][:, 128:].float() @ weight[:, 128:].T).to(dtype)
+        assert difference("lost", one_group_lost, want, allowed) is not None
+
+
 def test_difference_allows_what_it_is_told_and_no_more() -> None:
     want, allowed = torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([0.1, 0.1, 0.0])
     assert difference("x", torch.tensor([1.05, 1.95, float("inf")]), want, allowed) is None
