@@ -55,7 +55,7 @@ def open_manifest(folder: Path, about: Mapping[str, Any], identity: Mapping[str,
     mend(folder / RECORDS)
     for name in manifest["row_files"]:
         mend(folder / name)
-    code_changed = manifest["about"].get("code") != about.get("code")
+    code_changed = manifest["about"].get("sources") != about.get("sources")
     for entry in manifest["stages"]:
         for span in entry["ranges"]:
             if span[1] is None:  # the process was killed within this stage

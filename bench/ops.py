@@ -308,6 +308,11 @@ def _roofline(work: Cost, seconds: float, roof: Mapping[str, float], act_bits: i
     return out
 
 
+def linear_ops(spec: str) -> tuple[Op, ...]:
+    """The ops that a linear of `spec` runs, in order."""
+    return ops_of(QuantSpec.parse(spec))
+
+
 def plan(models: Sequence[str], specs: Sequence[str], tokens: Sequence[int] = WORTH) -> list[tuple[str, Case]]:
     """(spec, case) of every linear of `models` at `tokens`, by worth: tokens first, as ordered, then models, then specs.
 

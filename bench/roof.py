@@ -17,7 +17,7 @@ _SIZE = 8192  # of the square products that make the roofs of a card
 
 
 def identity(device: str) -> dict[str, Any]:
-    """What must be equal for two measurements to be comparable, and {"uuid"} of the very card.
+    """What must be equal for two measurements to be comparable, "uuid" of the very card, "arch" to compile for.
 
     RuntimeError with a remedy when there is no such device.
     """
@@ -30,7 +30,7 @@ def identity(device: str) -> dict[str, Any]:
         same |= {"card": this["name"], "mem_mib": this["mem_mib"], "driver": env["driver"] or board.state()["driver"]}
     else:
         same |= {"cpu": found["cpu"]["model"], "threads": found["cpu"]["threads"]}
-    return {"same": same, "uuid": this.get("uuid")}
+    return {"same": same, "uuid": this.get("uuid"), "arch": f"sm_{this['sm']}" if this else "sm_90"}
 
 
 def measure(device: str) -> Iterator[dict[str, Any]]:

@@ -14,11 +14,9 @@ import contextlib
 import json
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from .folder import (
     replace,
     timestamp,
 )
+from .stage import Cell, Run, Stage
 from .worker import Worker, WorkerLike
 
 SHARE = 0.95  # of the minutes are for stages; the rest is the reserve
@@ -45,87 +44,6 @@ DONE, ERROR, BAD_INPUT, RED, CUT, INTERRUPTED = 0, 1, 2, 4, 5, 130
 # Rows with these words are not measured again; `retry` leaves the failures out.
 _FAILURES = ("failed", "timeout", "oom")
 _SETTLED = ("ok", "absent", "refused", "suspect", *_FAILURES)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One task of a stage: `task` "package.module:function" with JSON `arguments`, `seconds` predicted.
-
-    `identity` makes the measurement what it is: with the machine it is the key of the cell's row, and a row with that
-    key is not measured again. `row` is what the row says even when the cell never ran. A function that gives several
-    rows names all but the last with "part", which joins the identity. Cells of one `kind` share the correction of
-    their predictions.
-    """
-
-    name: str
-    task: str
-    arguments: Mapping[str, Any]
-    seconds: float
-    identity: Mapping[str, Any]
-    row: Mapping[str, Any] = field(default_factory=dict)
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the run: `seconds` of a ten-minute slot, the function that does it, whether a short slot keeps it."""
-
-    name: str
-    seconds: float
-    run: Callable[[Run], None]
-    essential: bool = False
-
-
-@dataclass
-class Tally:
-    """How the cells of a stage ended."""
-
-    ok: int = 0
-    failed: int = 0
-    red: int = 0
-    cut: int = 0
-    skipped: int = 0
-
-    def words(self) -> str:
-        """ "12 ok, 1 failed" without the zeros."""
-        return ", ".join(f"{n} {word}" for word, n in vars(self).items() if n) or "no cells"
-
-
-@dataclass
-class Run:
-    """What a stage function gets: where to write, on what, and how long still."""
-
-    runner: Runner
-    folder: Path
-    device: str
-    machine: Mapping[str, Any]
-    tally: Tally = field(default_factory=Tally)
-    files: list[str] = field(default_factory=list)
-    deadline: float = 0.0
-
-    def left(self) -> float:
-        """Seconds until this stage must end."""
-        return self.deadline - self.runner.now()
-
-    def say(self, text: str) -> None:
-        """One line of progress."""
-        self.runner.say(text)
-
-    def cells(self, cells: Sequence[Cell], *, into: str = RECORDS, workers: int = 1) -> None:
-        """Runs cells in their order, rows into file `into` of the folder; `workers` > 1 only for what needs no card."""
-        self.runner.run_cells(self, cells, into, workers)
-
-    def append(self, row: Mapping[str, Any], into: str) -> None:
-        """Adds one row to a file of this stage, on disk when this returns."""
-        self.runner.append(row, into)
-        if into != RECORDS and into not in self.files:
-            self.files.append(into)
-
-    def write(self, name: str, text: str) -> None:
-        """Writes a file of this stage, whole or not at all."""
-        replace(self.folder / name, text.encode())
-        if name not in self.files:
-            self.files.append(name)
 
 
 class Runner:
@@ -146,17 +64,24 @@ class Runner:
         retry: bool = False,
         now: Callable[[], float] = time.monotonic,
         make_worker: Callable[[Path, Mapping[str, str]], WorkerLike] = Worker,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = print,
+        start: float | None = None,
+        again: Sequence[str] = (),
+        worker: WorkerLike | None = None,
     ) -> None:
-        self.folder, self.minutes, self.now = folder, minutes, now
-        self.start = now()
+        """`identity` is what machine this is, for keys; `about` what else the manifest tells. `complete` makes the line
+        of records.jsonl from a row, `report` is called after every stage. `probe` asks whether the card still answers.
+        `start` is when the minutes began; stages named in `again` are entered in every call (their cells decide).
+        `worker` is one that is up already."""
+        self.folder, self.minutes, self.now, self.about = folder, minutes, now, dict(about)
+        self.start = now() if start is None else start
         self.stopped: str | None = None
-        self.say = say or _say
+        self.say = say
         self._identity, self._device, self._env = dict(identity), device, dict(env or {})
-        self._complete, self._report, self._probe = complete, report, probe
+        self._complete, self._report, self._probe, self._again = complete, report, probe, again
         self._settled_words = _SETTLED[:4] if retry else _SETTLED
         self._make_worker = make_worker
-        self._workers: list[WorkerLike] = []
+        self._worker = worker  # of the timed cells: it keeps what it loaded between cells
         self._correction: dict[str, float] = {}
         self._lock = threading.Lock()
         self._manifest = open_manifest(folder, about, self._identity, device)
@@ -177,18 +102,19 @@ class Runner:
                 for stage in chosen:
                     spent += stage.seconds * scale
                     entry = self._entry(stage, numbers[stage.name])
-                    if entry["state"] == "done":
+                    if entry["state"] == "done" and stage.name not in self._again:
                         self.say(f"{stage.name}: done in an earlier call")
                         continue
                     if self.stopped:
                         continue
-                    trouble |= self._run_stage(stage, entry, self.start + spent)
+                    end = self.start + (self.minutes * 60 * SHARE if stage.patient else spent)
+                    trouble |= self._run_stage(stage, entry, end)
             except OSError as error:  # the disk is full, or the folder is gone: no row can be written any more
                 self.say(f"stopped: {error}")
                 code = ERROR
             finally:
-                for worker in self._workers:
-                    worker.close()
+                if self._worker is not None:
+                    self._worker.close()
             code = code or self._code(chosen, trouble)
             self._close_call(code)
         return code
@@ -273,7 +199,7 @@ class Runner:
         """sha256 over a cell's identity and the machine: the same measurement has the same key in any run."""
         return cell_key({"schema": SCHEMA, "machine": self._identity, "part": part, **cell.identity})
 
-    def run_cells(self, run: Run, cells: Sequence[Cell], into: str, workers: int) -> None:
+    def run_cells(self, run: Run, cells: Sequence[Cell], into: str, workers: int, env: dict[str, str]) -> None:
         """See Run.cells."""
         settled = self._settled.setdefault(into, {})
         if into != RECORDS and into not in run.files:
@@ -288,8 +214,8 @@ class Runner:
                 run.tally.red += status == "red"
                 run.tally.failed += status in _FAILURES
                 run.tally.skipped += status != "red" and status not in _FAILURES
-        while len(self._workers) < workers:
-            self._workers.append(self._make_worker(self.folder / "worker.log", self._env))
+        if waiting.empty():
+            return
 
         def drain(worker: WorkerLike) -> None:
             while True:
@@ -299,26 +225,41 @@ class Runner:
                     return
                 self._run_cell(run, worker, cell, key, into, f"{number}/{len(cells)}")
 
-        if workers == 1:
-            drain(self._workers[0])
+        if workers == 1 and not env:
+            if self._worker is None:
+                self._worker = self._make_worker(self.folder / "worker.log", self._env)
+            drain(self._worker)
             return
         failures: list[BaseException] = []
 
-        def guarded(worker: WorkerLike) -> None:
+        def own_worker() -> None:
+            worker = self._make_worker(self.folder / "worker.log", {**self._env, **env})
             try:
                 drain(worker)
             except BaseException as error:
                 failures.append(error)
+            finally:
+                worker.close()
 
-        threads = [threading.Thread(target=guarded, args=(worker,)) for worker in self._workers[:workers]]
+        threads = [threading.Thread(target=own_worker) for _ in range(min(workers, waiting.qsize()))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for worker in self._workers[1:]:
-            worker.close()
         if failures:
             raise failures[0]
+
+    def ask(self, task: str, arguments: Mapping[str, Any], timeout: float, env: dict[str, str]) -> list[dict[str, Any]]:
+        """See Run.ask."""
+        rows: list[dict[str, Any]] = []
+        worker = self._make_worker(self.folder / "worker.log", {**self._env, **env})
+        try:
+            outcome = worker.run(task, arguments, timeout, rows.append, lambda: self.stopped is not None)
+        finally:
+            worker.close()
+        if outcome.status != "ok":
+            raise RuntimeError((outcome.error or {}).get("message", f"{task} ended with {outcome.status}"))
+        return rows
 
     def _run_cell(self, run: Run, worker: WorkerLike, cell: Cell, key: str, into: str, place: str) -> None:
         predicted = cell.seconds * self._correction.get(cell.kind, 1.0)
@@ -359,6 +300,7 @@ class Runner:
             run.tally.red += word == "red"
             run.tally.ok += word in ("ok", "absent", "refused", "suspect")
             run.tally.failed += word in _FAILURES
+            run.tally.cut += word == "cut"
         if outcome.lost_card or (outcome.poisoned and self._probe is not None and not self._card_answers(worker)):
             self.stopped = "lost card"
 
@@ -444,7 +386,3 @@ def _is_red(row: Mapping[str, Any]) -> bool:
 
 def _why(row: Mapping[str, Any]) -> str:
     return (row.get("error") or {}).get("message", "")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

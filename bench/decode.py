@@ -1,0 +1,188 @@
+"""Decode and prefill of a synthetic model as one cell of a slot: sides in turn, on a card in CUDA graphs.
+
+`bench model` walks the whole road with a probe and a gate and takes wall times. A slot has minutes: it times the step
+that serving repeats, at a fixed depth of the cache, each side as one graph. The 16-bit side is kept between cells.
+
+    tg.d1024.b16    one token for each of 16 sequences that have 1024 in the cache      pp512.b1    a prompt of 512
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..formats.spec import QuantSpec
+from . import card, clock
+from .engine import Model, load, load_config
+from .engine.config import Config
+
+PROMPT = 512
+
+
+def cell(
+    source: str,
+    spec: str | None,
+    batches: Sequence[int],
+    depth: int,
+    device: str,
+    layers: int | None = None,
+    rounds: int = 7,
+    prompt: int = PROMPT,
+    roof: Mapping[str, float] | None = None,
+    impl: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of one spec (None = the 16-bit side against itself): prefill, then a decode step at each batch.
+
+    Each quantised decode comes with its int8 head and, named "16bit head", with the head in 16 bits. The row of the
+    last batch is the cell's own.
+    """
+    where = torch.device(device)
+    limit = max(depth + 1, prompt)
+    layers = layers or fitting_layers(load_config(source), spec, where)
+    base = _baseline(source, layers, device, limit)
+    if not bool(torch.isfinite(base.logits(_ids(base, (1, 4)))).all()):
+        raise ValueError(f"{source}: the 16-bit side gives NaN or Inf; its weights are not usable")
+    sides: dict[str, Model] = {"baseline": base}
+    if spec is None:
+        sides["again"] = base
+        name = "again"
+    else:
+        held = load(source, spec=QuantSpec.parse(spec), layers=layers, device=where, max_len=limit, impl=impl)
+        name = spec
+        sides[name] = held.with_head("int8-row")
+        sides[f"{name} 16bit head"] = held
+        if not bool(torch.isfinite(sides[name].logits(_ids(base, (1, 4)))).all()):
+            error = {"type": "Conformance", "message": f"{spec}: logits are NaN or Inf", "stage": "gate"}
+            yield {"status": "failed", "quality": {"gate": "red", "reasons": [error["message"]]}, "error": error}
+            return
+    row = functools.partial(_row, name=name, sides=sides, roof=roof or {}, layers=layers)
+    with torch.inference_mode():
+        times = _prefill({n: m for n, m in sides.items() if "16bit head" not in n}, prompt, where, rounds)
+        yield row(f"pp{prompt}.b1", "prefill", 1, prompt, times) | {"part": f"pp{prompt}.b1"}
+        for batch in batches:
+            seen = _decode(sides, batch, depth, where, rounds)
+            for side in [n for n in sides if n != "baseline"][::-1]:
+                last = batch == batches[-1] and side == name
+                made = row(f"tg.d{depth}.b{batch}", "decode", batch, depth, seen, name=side)
+                yield made if last else made | {"part": f"{side} b{batch}"}
+
+
+def fitting_layers(config: Config, spec: str | None, device: torch.device) -> int:
+    """All layers, or as many as leave a fifth of the card free beside the 16-bit side."""
+    free = 0.8 * card.free_bytes(device)
+    bits = QuantSpec.parse(spec).weight_bits if spec else 16
+    tables = 2 * 4 * config.vocab * config.hidden
+    return max(1, min(config.layers, int((free - tables) / (config.block_parameters() * (2 + 1.1 * bits / 8)))))
+
+
+@functools.lru_cache(maxsize=1)
+def _baseline(source: str, layers: int, device: str, max_len: int) -> Model:
+    return load(source, layers=layers, device=device, max_len=max_len)
+
+
+def _ids(model: Model, shape: tuple[int, ...]) -> torch.Tensor:
+    random = torch.Generator().manual_seed(1)
+    return torch.randint(0, model.config.vocab, shape, generator=random).to(model.device)
+
+
+def _prefill(sides: Mapping[str, Model], prompt: int, where: torch.device, rounds: int) -> dict[str, clock.Sample]:
+    """Seconds of a prompt, wall time: its products are long enough to hide the launches."""
+    calls, caches = {}, {}
+    for name, model in sides.items():
+        caches[name], ids = model.new_cache(1, prompt), _ids(model, (1, prompt))
+        calls[name] = lambda m=model, n=name, i=ids: m.prefill(i, caches[n])
+    return clock.ab(calls, rounds=min(rounds, 5), device=where, before=lambda name, turn: caches[name].rewind())
+
+
+def _decode(
+    sides: Mapping[str, Model], batch: int, depth: int, where: torch.device, rounds: int
+) -> dict[str, clock.Sample]:
+    """Seconds of one step at `depth`. The sides share one cache: each reads the same keys and writes the same slot."""
+    any_side = next(iter(sides.values()))
+    cache, tokens = any_side.new_cache(batch, depth + 1), _ids(any_side, (batch,))
+    cache.keys.normal_()  # keys and values of the scale of real ones; zeros would draw less power
+    cache.values.normal_()
+
+    def stepper(model: Model) -> Callable[[], torch.Tensor]:
+        def step() -> torch.Tensor:
+            cache.rewind(depth)
+            return model.step(tokens, cache)
+
+        return step
+
+    steps = {name: stepper(model) for name, model in sides.items()}
+    if where.type == "cuda":
+        found = clock.card_ab({name: [step] for name, step in steps.items()}, device=where, rounds=rounds)
+        return {name: times.graph for name, times in found.items()}
+    return clock.ab(steps, rounds=rounds)
+
+
+def _row(
+    case: str,
+    phase: str,
+    batch: int,
+    tokens: int,
+    times: Mapping[str, clock.Sample],
+    *,
+    name: str,
+    sides: Mapping[str, Model],
+    roof: Mapping[str, float],
+    layers: int,
+) -> dict[str, Any]:
+    model, sample = sides[name], times[name]
+    config, spec = model.config, model.spec
+    gain = clock.ratio(times["baseline"], sample)
+    versus = {"ratio": gain.median, "ci95": [gain.lo, gain.hi], "batch": batch, "batch_fp16": batch}
+    per_call = batch * (tokens if phase == "prefill" else 1)
+    rate = per_call / sample.median
+    kind = "tok_s_in" if phase == "prefill" else "tok_s"
+    moved = model.step_bytes + batch * tokens * model.kv_bytes_per_token if phase == "decode" else None
+    share = 100 * moved / sample.median / (roof["copy_gbs"] * 1e9) if moved and roof.get("copy_gbs") else None
+    dtype = str(model.dtype).removeprefix("torch.")
+    on_card = model.device.type == "cuda"
+    latency = {"median": sample.median, "lo": sample.lo, "hi": sample.hi, "iqr": sample.iqr}
+    return {
+        "case": f"{config.name}.model.{case}",
+        "model": {
+            "id": config.name,
+            "weights": "synthetic" if model.synthetic else "real",
+            "layers_run": layers,
+            "layers": load_config(model.source).layers,
+        },
+        "shape": {"batch": batch, "isl": tokens, "kv_len": tokens},
+        "scheme": {
+            "spec": str(spec) if spec else dtype,
+            "weight_bits": spec.weight_bits if spec else 16,
+            "act_bits": spec.act_bits if spec else 16,
+            "group": spec.group if spec else None,
+            "head": model.head,
+            "notes": list(model.notes),
+        },
+        "body": {
+            "impl": model.kernel,
+            "dtype": dtype,
+            "baseline_dtype": str(sides["baseline"].dtype).removeprefix("torch."),
+            "same_fusions": True,
+            "attention_body": "torch scaled_dot_product_attention",
+        },
+        "clock": {
+            "mode": "graph" if on_card and phase == "decode" else "wall",
+            "l2": "cold" if on_card else "warm",
+            "power": "burst",
+            "rounds": len(sample.samples),
+            "drift": sample.drift,
+        },
+        "latency_us": {n: v * 1e6 for n, v in latency.items()} | {"samples": [t * 1e6 for t in sample.samples]},
+        "tokens": {kind: rate, "tok_s_per_card": rate, "vs_fp16": {"same_batch": versus}},
+        "roofline": {"bytes": moved, "bound": "mem", "pct_of_roof": share} if moved else None,
+        "memory": {"weights": model.nbytes},
+        "quality": {
+            "gate": "synthetic",
+            "reasons": ["speed at true shapes, quality not measured"],
+            "sqnr_db": model.weights.sqnr_db,
+        },
+        "words": f"{rate:.0f} tok/s, {gain.median:.2f} x {versus['batch_fp16']} in {dtype}",
+    }
