@@ -40,7 +40,9 @@ def refusals(found: Iterable[Mapping[str, Any]], sm: int | None) -> list[str]:
     for row in found:
         what = f"{row['engine']} {row['version']}: {row['spec']} for {row['modules']}"
         if row["verdict"] == "refused":
-            out.append(f"{what} is refused ({row['reason']}); choose another spec, or leave --engine out to write it anyway")
+            out.append(
+                f"{what} is refused ({row['reason']}); choose another spec, or leave --engine out to write it anyway"
+            )
         needs = str(row["needs"] or "")
         if sm is not None and needs.startswith("sm_") and sm < int(needs[3:]):
             out.append(f"{what} needs {needs}, the card is sm_{sm}; choose another card or engine")
@@ -77,7 +79,7 @@ def commands(folder: Path, found: Map, assignment: Assignment) -> dict[str, str]
     how = {
         "vllm": f"vllm serve {name}",
         "sglang": f"python -m sglang.launch_server --model-path {name}",
-        "transformers": f'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained(\'{name}\')"',
+        "transformers": f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{name}')\"",
     }
     out = {"percard": f'percard generate {name} --prompt "Once"'}
     used = _used(found, assignment)

@@ -36,16 +36,20 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
     if not dst.is_dir():
         raise FileExistsError(f"{dst}: output exists and is a file; choose another --out")
     if not force:
-        raise FileExistsError(f"{dst}: output exists and is not empty; choose another --out, or replace it with --force")
+        raise FileExistsError(
+            f"{dst}: output exists and is not empty; choose another --out, or replace it with --force"
+        )
     if not (dst / "config.json").is_file():
-        raise FileExistsError(f"{dst}: holds no config.json, so it is no checkpoint and --force does not replace it; remove it yourself")
+        raise FileExistsError(
+            f"{dst}: holds no config.json, so it is no checkpoint and --force does not replace it; remove it yourself"
+        )
 
 
 class Output:
     """Context manager around the work: `.folder` is where to write; `publish()` gives it its name. Anything else removes it."""
 
     def __init__(self, dst: Path, force: bool = False) -> None:
-        self.dst = Path(os.path.abspath(dst))  # without following links: the name is what gets replaced
+        self.dst = dst.parent.resolve() / dst.name if dst.name not in ("", "..") else dst.resolve()
         self._force = force
         self.folder = self.dst.with_name(f".{self.dst.name}.percard-unfinished")
         self._old = self.dst.with_name(f".{self.dst.name}.percard-old")
@@ -72,7 +76,9 @@ class Output:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"{self.dst}: another run is writing it; wait for it, or choose another --out") from None
+            raise FileExistsError(
+                f"{self.dst}: another run is writing it; wait for it, or choose another --out"
+            ) from None
         except OSError:
             pass  # a file system without locks
         if self._old.exists():  # killed between the two renames of `publish`, or while the old folder was removed
@@ -98,7 +104,9 @@ class Output:
         if self._old.exists():
             discard(self._old)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._published:
             if self._lock is not None:
                 with contextlib.suppress(OSError):

@@ -114,8 +114,12 @@ class Preflight:
         for rule, count in Counter(self.kept.values()).items():
             lines.append(f"  {count:5} left alone by {rule}")
         free = lambda n: f" of {human(n)} free" if n is not None else ""  # noqa: E731
-        lines.append(f"  output {human(self.bytes_output)} ({self.bytes_output / max(self.bytes_source, 1):.0%} of the source)")
-        lines.append(f"  memory at most {human(self.memory)}{free(self.memory_free)}; disk {human(self.disk)}{free(self.disk_free)}")
+        lines.append(
+            f"  output {human(self.bytes_output)} ({self.bytes_output / max(self.bytes_source, 1):.0%} of the source)"
+        )
+        lines.append(
+            f"  memory at most {human(self.memory)}{free(self.memory_free)}; disk {human(self.disk)}{free(self.disk_free)}"
+        )
         lines += [f"  engine {engines.line(row)}" for row in self.engine]
         lines += [f"  note: {text}" for text in self.warnings]
         return lines + [f"refused: {text}" for text in self.refusals]
@@ -126,7 +130,9 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     source = Checkpoint.open(src)
     infos = source.tensors
     where = str(source.path)
-    found = walk.survey(source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where)
+    found = walk.survey(
+        source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
+    )
     assignment = walk.assign(found, recipe)
     plan = _tensors(source, found, assignment)
     output = sum(nbytes_of(kind, shape) for kind, shape in plan.values())
@@ -139,7 +145,9 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     if recipe.serve.tp > 1:
         refusals += engines.splits(source.config, found, assignment, recipe.serve.tp)
     if free_disk is not None and disk > free_disk:
-        refusals.append(f"{dst}: needs {human(disk)} of disk, {human(free_disk)} are free; free some or choose another --out")
+        refusals.append(
+            f"{dst}: needs {human(disk)} of disk, {human(free_disk)} are free; free some or choose another --out"
+        )
     if free_memory is not None and memory > free_memory:
         refusals.append(f"needs {human(memory)} of memory, {human(free_memory)} are free; close other programs")
     return Preflight(
@@ -236,7 +244,9 @@ def _warnings(source: Checkpoint, found: Map, assignment: Assignment, recipe: Re
     if head is not None:
         notes.append(f"lm_head becomes {head}: few engines load a quantised head; most keep it at 16 bits")
     if "torch_dtype" not in source.config and "dtype" not in source.config:
-        notes.append(f"config.json names no dtype; scales are stored in {str(found.dtype).removeprefix('torch.')}, as the weights")
+        notes.append(
+            f"config.json names no dtype; scales are stored in {str(found.dtype).removeprefix('torch.')}, as the weights"
+        )
     if (source.path / "report.json").exists():
         notes.append("report.json of the source gives way to ours")
     return notes

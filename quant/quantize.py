@@ -66,7 +66,9 @@ def _write(plan: preflight.Preflight, folder: Path, meter: Meter) -> list[Module
     linears = {x.tensor: x for x in plan.found.linears if x.name in specs}
     modules = []
     with Writer(folder, plan.tensors) as writer:
-        for name in source.names:  # in the order of the bytes on disk: reading is sequential, shards are done one by one
+        for (
+            name
+        ) in source.names:  # in the order of the bytes on disk: reading is sequential, shards are done one by one
             if name in linears:
                 linear = linears[name]
                 modules.append(_quantise(plan, linear, specs[linear.name], writer, meter))
@@ -93,9 +95,7 @@ def _quantise(plan: preflight.Preflight, linear: Linear, spec: QuantSpec, writer
     for start, stop in walk.row_ranges(linear.shape, method.by_rows):
         weight = source.read_rows(linear.tensor, start, stop)
         try:
-            rounded = method.run(
-                weight.float(), None, spec, scale_dtype=affine.scale_dtype_of(spec, dtype), **options
-            )
+            rounded = method.run(weight.float(), None, spec, scale_dtype=affine.scale_dtype_of(spec, dtype), **options)
         except FormatError as error:
             where = source.info(linear.tensor).file
             raise FormatError(f"{where}: tensor {linear.tensor}, rows {start} to {stop - 1}: {error}") from None
@@ -149,7 +149,9 @@ def _refuse_non_finite(chunk: bytes, offset: int, info: TensorInfo, name: str) -
     if bits.size and bits.max() >= least:
         first = offset // bits.itemsize + int(np.argmax(bits >= least))
         place = [int(i) for i in np.unravel_index(first, info.shape)] if info.shape else []
-        raise FormatError(f"{info.file}: tensor {name} holds NaN or Inf at {place}; repair the source or download it again")
+        raise FormatError(
+            f"{info.file}: tensor {name} holds NaN or Inf at {place}; repair the source or download it again"
+        )
 
 
 def _report(plan: preflight.Preflight, dst: Path, modules: list[Module], seconds: dict[str, float]) -> Report:

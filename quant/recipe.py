@@ -53,7 +53,9 @@ class Step:
     def of(cls, method: str, options: Mapping[str, Any] | None = None, where: str = "methods") -> Step:
         """The step with defaults filled in; RecipeError for an unknown method or option or a number out of range."""
         if method not in METHODS:
-            raise RecipeError(f"{where}: unknown method {method!r}{_nearest(method, METHODS)}; known: {', '.join(METHODS)}")
+            raise RecipeError(
+                f"{where}: unknown method {method!r}{_nearest(method, METHODS)}; known: {', '.join(METHODS)}"
+            )
         known = METHODS[method].options
         given = dict(options or {})
         _only(given, known, f"{where}.{method}")
@@ -139,7 +141,9 @@ class Recipe:
             # Aliases could make a few bytes into gigabytes, and a recipe has no use for them.
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent):
-                    raise RecipeError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read; write it out")
+                    raise RecipeError(
+                        f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read; write it out"
+                    )
             tree = yaml.load(text, Loader=_UniqueKeys)
         except yaml.YAMLError as error:
             raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from None
@@ -275,7 +279,7 @@ def _steps(value: Any) -> tuple[Step, ...]:
             entry = {entry: None}
         if not isinstance(entry, dict) or len(entry) != 1:
             raise RecipeError(f"quantize.methods: {entry!r} is not a method; write `rtn` or `rtn: {{search: false}}`")
-        (name, options), = entry.items()
+        ((name, options),) = entry.items()
         steps.append(Step.of(_text(name, "quantize.methods"), _map(options, f"methods.{name}", None), "methods"))
     return tuple(steps)
 
@@ -308,7 +312,9 @@ def _nearest(word: str, known: Any) -> str:
 def _only(tree: Mapping[Any, Any], known: Any, where: str) -> None:
     for key in tree:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}; known: {', '.join(known) or 'none'}")
+            raise RecipeError(
+                f"{where}: unknown key {key!r}{_nearest(str(key), known)}; known: {', '.join(known) or 'none'}"
+            )
 
 
 def _map(value: Any, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:

@@ -121,7 +121,13 @@ def card(report: Report, base: str, serve: Mapping[str, str]) -> str:
     specs = Counter(m.spec for m in report.modules)
     before, after = report.bytes["source"], report.bytes["output"]
     # A folder name is no hub id, and the hub would make a dead link of it.
-    front = ["---", *([f"base_model: {base}"] if _is_hub_id(base) else []), "tags: [compressed-tensors, quantized]", "---", ""]
+    front = [
+        "---",
+        *([f"base_model: {base}"] if _is_hub_id(base) else []),
+        "tags: [compressed-tensors, quantized]",
+        "---",
+        "",
+    ]
     lines = [
         *front,
         f"# {base.rsplit('/', 1)[-1]}, {', '.join(specs)}",

@@ -41,10 +41,12 @@ def verify(
     """Compares the quantised checkpoint `dst` with its source. FormatError when one of them cannot be read at all."""
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
-    source, made = Checkpoint.open(src), Checkpoint.open(dst)
+    source, made = Checkpoint.open(Path(src)), Checkpoint.open(Path(dst))
     where = str(source.path)
     infos = {n: source.info(n) for n in source.names}
-    found = walk.survey(source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where)
+    found = walk.survey(
+        source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
+    )
     specs = _specs(made)
     linears = [x for x in found.linears if x.name in specs]
     meter = Meter("verify", sum(i.nbytes for i in infos.values()), progress)
@@ -155,7 +157,9 @@ def _copies(source: Checkpoint, made: Checkpoint, names: list[str], meter: Meter
         if name in made.tensors and made.info(name).nbytes == source.info(name).nbytes:
             pairs = zip(source.raw(name), made.raw(name), strict=True)
             if any(a != b for a, b in pairs):
-                problems.append(f"{made.info(name).file}: tensor {name} differs from the source's; it had to be copied as it is")
+                problems.append(
+                    f"{made.info(name).file}: tensor {name} differs from the source's; it had to be copied as it is"
+                )
         meter.add(source.info(name).nbytes, name)
     yield from _at_most(problems)
 

@@ -120,14 +120,20 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], where: str
     if found is not None:
         value = config[found]
         method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
-        raise FormatError(f"{where}: source is already quantised ({found}: {method}); take the 16-bit checkpoint as source")
+        raise FormatError(
+            f"{where}: source is already quantised ({found}: {method}); take the 16-bit checkpoint as source"
+        )
     tails = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".scales", ".qzeros")
     for name in names:
         if name.endswith(tails):
-            raise FormatError(f"{where}: source is already quantised (tensor {name}); take the 16-bit checkpoint as source")
+            raise FormatError(
+                f"{where}: source is already quantised (tensor {name}); take the 16-bit checkpoint as source"
+            )
 
 
-def survey(config: Mapping[str, Any], shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], where: str) -> Map:
+def survey(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], where: str
+) -> Map:
     """Compares what config.json promises with the tensors that are there; FormatError names the first difference."""
     refuse_quantised(config, shapes, where)
     family = family_of(config, where)
@@ -137,7 +143,9 @@ def survey(config: Mapping[str, Any], shapes: Mapping[str, Shape], dtypes: Mappi
         promised["lm_head.weight"] = promised["model.embed_tokens.weight"]
     fused = next((n for n in shapes if len(shapes[n]) == 3), None)
     if fused is not None and fused not in promised:
-        raise FormatError(f"{where}: tensor {fused} has 3 dimensions {list(shapes[fused])}; experts must be stored one by one")
+        raise FormatError(
+            f"{where}: tensor {fused} has 3 dimensions {list(shapes[fused])}; experts must be stored one by one"
+        )
     for name, shape in promised.items():
         _must_be(name, shapes, where)
         if tuple(shapes[name]) != shape:
@@ -165,7 +173,11 @@ def survey(config: Mapping[str, Any], shapes: Mapping[str, Shape], dtypes: Mappi
 
 def assign(found: Map, recipe: Recipe) -> Assignment:
     """The spec of every linear. RecipeError for a rule that matches nothing or splits what engines fuse."""
-    rules = [] if recipe.replace_ignore else [(f"re:{p}", f"{why} (family {found.family.name})") for p, why in found.family.keep]
+    rules = (
+        []
+        if recipe.replace_ignore
+        else [(f"re:{p}", f"{why} (family {found.family.name})") for p, why in found.family.keep]
+    )
     rules += [(p, "recipe") for p in recipe.ignore]
     tests = [(compiled(p), p, why) for p, why in rules]
     layers = [(compiled(p), p, spec) for p, spec in recipe.layers]
@@ -186,7 +198,9 @@ def assign(found: Map, recipe: Recipe) -> Assignment:
     for test, pattern, why in tests:  # an ignore may name what is no linear anyway: a router, a norm, a tied head
         hits = [n for n in {**others, "lm_head": 2} if test(n)]
         used.update([pattern] if hits else [])
-        kept.update({n: f"{pattern}: {why}" for n in hits if n not in specs and n not in kept and others.get(n, 2) == 2})
+        kept.update(
+            {n: f"{pattern}: {why}" for n in hits if n not in specs and n not in kept and others.get(n, 2) == 2}
+        )
     for pattern in [*recipe.ignore, *(p for p, _ in recipe.layers)]:
         if pattern not in used:
             raise RecipeError(f"{pattern!r} matches no module that is left; names look like {names[0]!r}")
@@ -252,7 +266,9 @@ def _promised(
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    biased = {n for n in sizes if (flag(family.qkv_bias) and n in QKV) or (flag(family.o_bias) and n.endswith("o_proj"))}
+    biased = {
+        n for n in sizes if (flag(family.qkv_bias) and n in QKV) or (flag(family.o_bias) and n.endswith("o_proj"))
+    }
     biased |= {n for n in sizes if flag(family.mlp_bias) and n.startswith("mlp.")}
     linears: list[Linear] = []
     rest: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}

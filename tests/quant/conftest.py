@@ -82,9 +82,7 @@ def tensors_of(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dic
     return out
 
 
-def save(
-    folder: Path, config: dict[str, Any] | None, tensors: dict[str, torch.Tensor], shards: int = 2
-) -> Path:
+def save(folder: Path, config: dict[str, Any] | None, tensors: dict[str, torch.Tensor], shards: int = 2) -> Path:
     """A checkpoint folder as the hub has them: shards with an index, a tokenizer and a licence beside."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)

@@ -34,7 +34,7 @@ def weights(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(names)}
 
 
-def forked(work: Callable[[], None]) -> int:
+def forked(work: Callable[[], object]) -> int:
     """Process id of a child that does `work` and ends with status 0, or 1 if it raised."""
     child = os.fork()
     if child:
@@ -58,7 +58,9 @@ def die_at(call: int) -> None:
 
     def hook(event: str, args: tuple) -> None:
         nonlocal left
-        if event not in WATCHED or (event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))):
+        if event not in WATCHED or (
+            event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))
+        ):
             return
         left -= 1
         if left == 0:
@@ -90,7 +92,9 @@ def main() -> None:
     walk.ROW_WEIGHTS = 32 * 128
     out = folder / "out"
 
-    def run() -> None:
+    def run(dying_at: int = 0) -> None:
+        if dying_at:
+            die_at(dying_at)
         quantize.run(src, out, NEW, force=True)
 
     def reset() -> None:
@@ -98,7 +102,7 @@ def main() -> None:
             shutil.rmtree(path)
         shutil.copytree(kept, out)
 
-    assert ended(forked(lambda: quantize.run(src, out, OLD) and None)) == 0
+    assert ended(forked(lambda: quantize.run(src, out, OLD))) == 0
     old = weights(out)
     kept = folder.with_name("old")
     shutil.copytree(out, kept)
@@ -123,7 +127,7 @@ def main() -> None:
         while True:
             if calls % 3 == 1:  # mostly onto what the last killed run left, sometimes onto a clean folder
                 reset()
-            status = ended(forked(lambda: (die_at(calls), run()) and None))
+            status = ended(forked(lambda call=calls: run(dying_at=call)))  # type: ignore[misc]
             check(folder, [old, new], True, f"killed at call {calls}")
             if status == 0:
                 break

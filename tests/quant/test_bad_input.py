@@ -62,17 +62,25 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "empty shard": (lambda f: (f / SHARD).write_bytes(b""), (SHARD, "0 bytes")),
     "index names a tensor that is not there": (lambda f: index(f, lambda m: m.update(ghost=SHARD)), ("ghost", SHARD)),
     "index lacks a tensor": (lambda f: index(f, lambda m: m.pop(DOWN)), (DOWN, "does not name it")),
-    "index points outside": (lambda f: index(f, lambda m: m.update({DOWN: "../x.safetensors"})), (DOWN, "../x.safetensors")),
+    "index points outside": (
+        lambda f: index(f, lambda m: m.update({DOWN: "../x.safetensors"})),
+        (DOWN, "../x.safetensors"),
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), ("config.json", "missing")),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ("config.json", "JSON")),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json", "list")),
     "unknown architecture": (lambda f: config(f, model_type="rwkv"), ("rwkv", "known model types")),
-    "already quantised": (lambda f: config(f, quantization_config={"quant_method": "awq"}), ("already quantised", "awq")),
+    "already quantised": (
+        lambda f: config(f, quantization_config={"quant_method": "awq"}),
+        ("already quantised", "awq"),
+    ),
     "pickle checkpoint": (only_pickle, ("pytorch_model.bin", "pickle", "save_pretrained")),
 }
 
 
-def refused(src: Path, dst: Path, wish: Recipe, kind: type[Exception] | tuple[type[Exception], ...] = FormatError) -> str:
+def refused(
+    src: Path, dst: Path, wish: Recipe, kind: type[Exception] | tuple[type[Exception], ...] = FormatError
+) -> str:
     """The error text of a run that must fail, after a look at what it left."""
     before = sorted(str(p) for p in dst.parent.rglob("*"))
     with pytest.raises(kind) as caught:

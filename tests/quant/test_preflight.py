@@ -50,7 +50,13 @@ def test_it_makes_nothing_and_reads_no_weight(tiny: Tiny, tmp_path: Path, monkey
 def test_what_a_person_reads_and_what_a_program_reads(tiny: Tiny, tmp_path: Path) -> None:
     plan = check(tiny(), layers={r"re:.*\.layers\.0\.mlp\.down_proj$": "w8a16-g128"}, dst=tmp_path / "out")
     text = "\n".join(plan.show())
-    for word in ("Llama", "13 modules -> w4a16-g64 (rtn)", "1 modules -> w8a16-g128", "lm_head$: output head", "memory at most"):
+    for word in (
+        "Llama",
+        "13 modules -> w4a16-g64 (rtn)",
+        "1 modules -> w8a16-g128",
+        "lm_head$: output head",
+        "memory at most",
+    ):
         assert word in text
     tree = json.loads(json.dumps(plan.to_dict()))
     assert tree["ok"] and {g["spec"]: g["modules"] for g in tree["groups"]} == {"w4a16-g64": 13, "w8a16-g128": 1}
@@ -64,7 +70,7 @@ def test_no_room(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plan = check(src, dst=tmp_path / "out")
     assert not plan.ok and len(plan.refusals) == 2
     assert "1 kB are free; free some or choose another --out" in plan.refusals[0] and "memory" in plan.refusals[1]
-    with pytest.raises(preflight.Refused, match="refused: .*of disk") as caught:
+    with pytest.raises(preflight.Refused, match=r"refused: .*of disk") as caught:
         quantize.run(src, tmp_path / "out", Recipe.from_flags(spec="w8a8"))
     assert caught.value.code == 3 and caught.value.preflight.refusals and not (tmp_path / "out").exists()
 
@@ -77,18 +83,27 @@ def test_tensor_parallel(tiny: Tiny) -> None:
     assert check(src, "w4a16-g128", tp=2, layers={r"re:.*\.o_proj$": "w4a16-g64"}).ok
     assert check(src, "w4a16-g128", tp=2, ignore=[r"re:.*\.o_proj$"]).ok
     assert any("heads do not divide" in text for text in check(src, "w8a8", tp=3).refusals)
-    assert any("down_proj" in text and "pad" in text for text in check(tiny(name="odd", intermediate_size=320), tp=2).refusals)
+    assert any(
+        "down_proj" in text and "pad" in text for text in check(tiny(name="odd", intermediate_size=320), tp=2).refusals
+    )
 
 
 def test_engines(tiny: Tiny) -> None:
     plan = check(tiny(), "w4a16-g128", engine="vllm==0.33.0", sm=90)
-    assert plan.ok and plan.engine[0]["verdict"] == "runs" and "vllm 0.33.0: w4a16-g128 for dense: runs" in plan.show()[-1]
+    assert (
+        plan.ok and plan.engine[0]["verdict"] == "runs" and "vllm 0.33.0: w4a16-g128 for dense: runs" in plan.show()[-1]
+    )
     assert "needs sm_75, the card is sm_70" in check(tiny(), "w4a16-g128", engine="vllm==0.33.0", sm=70).refusals[0]
     moe = check(tiny("qwen3_moe", name="moe"), "w4a8-g64", engine="vllm==0.33.0")
-    assert len(moe.refusals) == 1 and "for experts is refused" in moe.refusals[0] and {r["modules"] for r in moe.engine} == {
-        "dense",
-        "experts",
-    }
+    assert (
+        len(moe.refusals) == 1
+        and "for experts is refused" in moe.refusals[0]
+        and {r["modules"] for r in moe.engine}
+        == {
+            "dense",
+            "experts",
+        }
+    )
     unknown = check(tiny(), "w4a16-g128", engine="vllm==0.1.0")
     assert unknown.ok and unknown.engine[0]["verdict"] == "unknown"
     for engine, says in (("vllm", "needs a version"), ("llamafile==1", "unknown engine")):

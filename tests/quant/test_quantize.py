@@ -165,7 +165,9 @@ def test_report_and_card(tiny: Tiny, tmp_path: Path) -> None:
     tree = json.loads((dst / "report.json").read_text())
     assert tree["schema"] == 1 and tree["status"] == "green"
     assert Recipe.parse(json.dumps(tree["recipe"])) == recipe(model="acme/tiny-llama")
-    assert tree["bytes"]["output"] == Checkpoint.open(dst).nbytes < tree["bytes"]["source"] == Checkpoint.open(src).nbytes
+    assert (
+        tree["bytes"]["output"] == Checkpoint.open(dst).nbytes < tree["bytes"]["source"] == Checkpoint.open(src).nbytes
+    )
     assert set(tree["versions"]) == {"percard", "torch", "python"} and set(tree["seconds"]) == {"quantize", "verify"}
     assert tree["modules"][0].keys() >= {"name", "spec", "method", "shape", "sqnr", "bytes_before", "bytes_after"}
     card = (dst / "README.md").read_text()

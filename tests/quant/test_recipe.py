@@ -44,9 +44,10 @@ def test_print_and_parse_are_inverse(text: str) -> None:
 
 def test_flags_mean_the_same_as_a_file() -> None:
     assert Recipe.from_flags(spec="w4a16-g128") == Recipe.parse(SHORT)
-    assert Recipe.from_flags(spec="w8a8", options={"search": False}).to_yaml() == Recipe.parse(
-        "stages: [{quantize: {spec: w8a8, methods: [{rtn: {search: false}}]}}]"
-    ).to_yaml()
+    assert (
+        Recipe.from_flags(spec="w8a8", options={"search": False}).to_yaml()
+        == Recipe.parse("stages: [{quantize: {spec: w8a8, methods: [{rtn: {search: false}}]}}]").to_yaml()
+    )
 
 
 def test_frozen() -> None:

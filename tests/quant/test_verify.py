@@ -95,7 +95,7 @@ def test_swapped_experts_are_loud(pair: Callable[..., tuple[Path, Path]]) -> Non
     src, dst = pair(kind="qwen3_moe")
 
     def swap(tensors: dict[str, torch.Tensor]) -> None:
-        one, two = ("model.layers.1.mlp.experts.{}.up_proj.".format(e) for e in (0, 2))
+        one, two = (f"model.layers.1.mlp.experts.{e}.up_proj." for e in (0, 2))
         for suffix in ("weight_packed", "weight_scale"):
             tensors[one + suffix], tensors[two + suffix] = tensors[two + suffix], tensors[one + suffix]
 

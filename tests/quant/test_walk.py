@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -107,10 +108,16 @@ def test_config_against_tensors(tiny: Tiny, kind: str, over: dict[str, Any], say
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
         (lambda t: t.pop("model.layers.1.mlp.down_proj.weight"), "down_proj.weight is missing"),
-        (lambda t: t.update({"visual.patch.weight": torch.ones(4, 4)}), "tensor visual.patch.weight [4, 4] belongs to no"),
+        (
+            lambda t: t.update({"visual.patch.weight": torch.ones(4, 4)}),
+            "tensor visual.patch.weight [4, 4] belongs to no",
+        ),
         (lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.ones(2, 4, 4)}), "3 dimensions"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(4)}), "already quantised"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(256, 128).int()}), "is int32, expected bfloat16"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(256, 128).int()}),
+            "is int32, expected bfloat16",
+        ),
     ],
 )
 def test_tensors_against_config(tiny: Tiny, change: Callable[[dict[str, torch.Tensor]], None], says: str) -> None:
@@ -174,5 +181,5 @@ def test_row_ranges_cover_all_rows_once(rows: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(walk, "ROW_WEIGHTS", 64 * 100)
     ranges = list(walk.row_ranges((rows, 100)))
     assert ranges[0][0] == 0 and ranges[-1][1] == rows
-    assert all(a[1] == b[0] and a[1] % 32 == 0 for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] and a[1] % 32 == 0 for a, b in itertools.pairwise(ranges))
     assert list(walk.row_ranges((rows, 100), by_rows=False)) == [(0, rows)]
