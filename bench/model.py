@@ -25,6 +25,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from . import card, clock, quality, record
 from .engine import Model, load, load_config
+from .engine.cache import Cache
 from .engine.config import Config
 from .engine.graphs import capture
 from .fair import NotComparable, Plan, cache_noise, choose_layers, memory_fits
@@ -202,8 +203,10 @@ def _load_sides(
         name = str(found)
         if plan.head == "int8-row":
             begin = time.perf_counter()
-            same = int8 is not None and int8.synthetic and int8.dtype == held["decode"].dtype
-            int8 = held["decode"].with_head_of(int8) if same else held["decode"].with_head("int8-row")
+            if int8 is not None and int8.synthetic and int8.dtype == held["decode"].dtype:
+                int8 = held["decode"].with_head_of(int8)
+            else:
+                int8 = held["decode"].with_head("int8-row")
             both = {"prefill": int8.with_dtype(held["prefill"].dtype), "decode": int8}
             sides.append(Side(name, found, "int8-row", both, {}, seconds + time.perf_counter() - begin))
             sides.append(Side(f"{name} 16bit head", found, "16bit", held, {}, seconds, twin=True))
@@ -242,13 +245,19 @@ def _gate(
 
 
 def _time_prefill(sides: Mapping[str, Side], plan: Plan, device: torch.device) -> dict[str, clock.Sample]:
-    ids, caches, calls = {}, {}, {}
+    ids: dict[str, torch.Tensor] = {}
+    caches: dict[str, Cache] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for name, side in sides.items():
         if side.twin:  # the head reads one row here: the prefill is that of the side with the int8 head
             continue
         model = side.models["prefill"]
         caches[name] = model.new_cache(plan.batch, plan.prompt)
-        calls[name] = lambda m=model, n=name: m.prefill(ids[n], caches[n])
+
+        def prefill(model: Model = model, name: str = name) -> None:
+            model.prefill(ids[name], caches[name])
+
+        calls[name] = prefill
 
     def before(name: str, turn: int) -> None:
         ids[name] = _tokens(sides[name].models["prefill"].config.vocab, (plan.batch, plan.prompt), turn, device)
@@ -261,7 +270,10 @@ def _time_decode(
     sides: Mapping[str, Side], plan: Plan, device: torch.device
 ) -> tuple[dict[str, clock.Sample], list[str]]:
     """Seconds of one greedy step, from `new` steps in a row (one CUDA graph on a card); words on what went otherwise."""
-    caches, calls, firsts, words = {}, {}, {}, []
+    caches: dict[str, Cache] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    firsts: dict[str, torch.Tensor] = {}
+    words: list[str] = []
     for name, side in sides.items():
         model = side.models["decode"]
         caches[name] = model.new_cache(plan.batch, plan.prompt + plan.new)
@@ -331,18 +343,21 @@ def _record(
         return record.cell_key(**(identity | {"spec": of, "head": head}), machine=machine, torch=torch.__version__)
 
     sample = samples.get(side.name)
-    tokens = latency = roofline = None
+    tokens: dict[str, Any] | None = None
+    latency: dict[str, Any] | None = None
+    roofline: dict[str, Any] | None = None
     if sample is not None:
         work = plan.batch * (plan.prompt if phase == "prefill" else 1)
         gain = clock.ratio(samples[base.name], sample)
         versus = {"ratio": gain.median, "ci95": [gain.lo, gain.hi], "batch": plan.batch, "batch_fp16": plan.batch}
         rate = sample.rate(work).median
-        tokens = {"tok_s_in" if phase == "prefill" else "tok_s": rate, "tok_s_per_card": rate}
-        tokens["vs_fp16"] = {"same_batch": versus | {"baseline_key": key(baseline, "16bit")}}
-        latency = {"median": sample.median, "lo": sample.lo, "hi": sample.hi, "iqr": sample.iqr}
-        latency = {name: value * 1e6 for name, value in latency.items()} | {
-            "samples": [t * 1e6 for t in sample.samples]
+        tokens = {
+            "tok_s_in" if phase == "prefill" else "tok_s": rate,
+            "tok_s_per_card": rate,
+            "vs_fp16": {"same_batch": versus | {"baseline_key": key(baseline, "16bit")}},
         }
+        latency = {name: getattr(sample, name) * 1e6 for name in ("median", "lo", "hi", "iqr")}
+        latency["samples"] = [t * 1e6 for t in sample.samples]
         roofline = _roofline(model, phase, plan, sample, shared) if phase == "decode" else None
     return Record(
         cell_key=key(named, side.head),

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -213,7 +213,7 @@ def one_block(
 def copied(block: Block) -> Block:
     """The same block in memory of its own."""
 
-    def one(value: Weight | None) -> Weight | None:
+    def one(value: Any) -> Any:
         if isinstance(value, QuantTensor):
             zero = None if value.zero is None else value.zero.clone()
             return replace(value, data=value.data.clone(), scale=value.scale.clone(), zero=zero)
@@ -225,7 +225,7 @@ def copied(block: Block) -> Block:
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The same weights with every 16-bit or fp32 tensor in `dtype`; quantised ones are shared, a tied head stays tied."""
 
-    def one(value: Weight | None) -> Weight | None:
+    def one(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
     embedding = weights.embedding.to(dtype)

@@ -1,4 +1,4 @@
-"""The `bench model` verb on small models: what is timed, gated, refused and written. Times are the fake clock's."""
+"""The `bench model` verb on small models: what is timed, gated, refused and written; no test asks how fast."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 
-from percard.bench import fair
+from percard.bench import fair, report
 from percard.bench import model as bench_model
 from percard.bench import probe as probe_module
-from percard.bench import report
 from percard.bench.engine import load_config
 from percard.bench.model import NotComparable, Plan, run
 from percard.bench.probe import Probe
