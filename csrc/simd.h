@@ -1,66 +1,38 @@
-// Vectors of 16 lanes, one lane per output row, over the registers of the ISA that a file is compiled for.
+// Vectors of 16 lanes over the registers of the ISA that a file is compiled for. A lane is an output row: the packings
+// rows16_* (formats/layout.py) hold 16 rows side by side, so sums need no step across lanes.
+//
+// Everything here is static or lives in the namespace of the ISA, and nothing of the standard library with a body is used:
+// the linker keeps one copy of an inline function for all, and it must not be one that only the newest CPU can run.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "scalar.h"
 
-#include "ops.h"
+#if defined(PERCARD_ISA_avx512_vnni) || defined(PERCARD_ISA_amx_int8)
+#include "simd_avx512.h"
+#elif defined(PERCARD_ISA_avx2) || defined(PERCARD_ISA_avx_vnni)
+#include "simd_avx2.h"
+#else
+#include "simd_scalar.h"
+#endif
 
 namespace percard {
 namespace PERCARD_ISA {
 
-static inline uint32_t bits_of(float f) {
-    uint32_t u;
-    std::memcpy(&u, &f, 4);
-    return u;
+// Stores the first `count` of 16 lanes as `dtype`.
+PERCARD_INLINE void store_part(void* p, int64_t at, int dtype, F32 x, int64_t count) {
+    if (count >= 16) return store_as(p, at, dtype, x);
+    float lanes[16];
+    store_f32(lanes, x);
+    for (int64_t i = 0; i < count; ++i) store_float(p, at + i, dtype, lanes[i]);
 }
 
-static inline float float_of(uint32_t u) {
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
+// Loads the first `count` of 16 floats, 0 for the rest.
+PERCARD_INLINE F32 load_part(const float* p, int64_t count) {
+    if (count >= 16) return load_f32(p);
+    float lanes[16] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+    return load_f32(lanes);
 }
-
-// Half to even; NaN stays NaN.
-static inline uint16_t to_bf16(float f) {
-    const uint32_t u = bits_of(f);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40);
-    return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-static inline float from_f16(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest >= 0x7c00) return float_of(sign | 0x7f800000u | (rest << 13));
-    // As fp32 with the exponent 112 too low; a multiplication by 2^112 mends it, subnormals too.
-    return float_of(sign | bits_of(float_of(rest << 13) * float_of((127u + 112u) << 23)));
-}
-
-// Half to even, overflow to infinity, NaN stays NaN.
-static inline uint16_t to_f16(float f) {
-    const uint32_t u = bits_of(f), sign = (u >> 16) & 0x8000, rest = u & 0x7fffffff;
-    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
-    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
-    if (rest < 0x38800000u) {  // subnormal: adding 0.5 leaves the result, rounded, in the low bits
-        return static_cast<uint16_t>(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000u));
-    }
-    return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfff + ((rest >> 13) & 1)) >> 13));
-}
-
-static inline float load_as_float(const void* p, int64_t i, int dtype) {
-    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-    const uint16_t h = static_cast<const uint16_t*>(p)[i];
-    return dtype == kBFloat16 ? float_of(static_cast<uint32_t>(h) << 16) : from_f16(h);
-}
-
-static inline void store_float(void* p, int64_t i, int dtype, float value) {
-    if (dtype == kFloat32)
-        static_cast<float*>(p)[i] = value;
-    else
-        static_cast<uint16_t*>(p)[i] = dtype == kBFloat16 ? to_bf16(value) : to_f16(value);
-}
-
-static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 }  // namespace PERCARD_ISA
 }  // namespace percard

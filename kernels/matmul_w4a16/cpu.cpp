@@ -16,7 +16,7 @@ void matmul_w4a16(const MatmulW4A16& a) {
                 for (int64_t start = 0, g = 0; start < a.k; start += a.group, ++g) {
                     float acc[16] = {};
                     for (int64_t k = start; k < min_of(a.k, start + a.group); ++k) {
-                        const float x = load_as_float(a.x, m * a.stride_xm + k, a.x_dtype);
+                        const float x = load_float(a.x, m * a.stride_xm + k, a.x_dtype);
                         for (int r = 0; r < 16; ++r) {
                             const uint8_t byte = w[k / 8 * 64 + r * 4 + k % 4];
                             const int zero = a.zero ? a.zero[g * np + b * 16 + r] : 0;

@@ -1,37 +1,138 @@
-// matmul_w4a8: see __init__.py for the formula.
+// matmul_w4a8: y[m, n] = sx[m] * sum_g s[n, g] * (sum_{k in g} (u[n, k] - 8) * xq[m, k]) + bias[n], u = 0..15.
+//
+//   weights rows16_k4_w4            one step of 4 inputs             lanes = 16 output rows
+//   line: 16 rows x 8 inputs  ->    low or high nibbles, 0..15   x   4 activations, broadcast   ->   16 int32 sums
+//
+// -8 comes back as 8 times the sum of the activations of the group. Few tokens: the weights stream through once and their
+// nibbles are split on the way. More: a block of 16 rows is split once into a panel and meets all tokens. With AMX and more
+// than a few tokens: amx.h. Sums of a group are exact int32 on every ISA, so all give the same bits.
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace percard {
 namespace PERCARD_ISA {
+namespace w4a8 {
+
+struct Job {
+    const MatmulW4A8& a;
+    const int8_t* x;  // [m, stride_x], zero from k to a multiple of 8
+    int64_t stride_x;
+    const int32_t* sums;  // [m, groups], 8 times the sum of a group
+    int64_t groups, group_lines, lines, block_bytes, np;
+};
+
+template <int T, int kLines, bool kPacked>
+PERCARD_INLINE void dot_lines(I32 (&acc)[T], const uint8_t* w, const int8_t* x, int64_t stride_x) {
+    DotU4 low_dot[T], high_dot[T];  // one token alone takes two chains of sums, since one would wait for itself
+    constexpr bool kTwo = T == 1;
+    for (int t = 0; t < T; ++t) {
+        low_dot[t].start(acc[t]);
+        if (kTwo) high_dot[t].start(set_i32(0));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) {
+        Bytes low, high;
+        if constexpr (kPacked) {
+            const Bytes line = load_bytes(w + 64 * i);
+            prefetch(w + 64 * i + 2048);
+            low = low_nibbles(line);
+            high = high_nibbles(line);
+        } else {
+            low = load_bytes(w + 128 * i);
+            high = load_bytes(w + 128 * i + 64);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+            low_dot[t].step(low, x + t * stride_x + 8 * i);
+            (kTwo ? high_dot : low_dot)[t].step(high, x + t * stride_x + 8 * i + 4);
+        }
+    }
+    for (int t = 0; t < T; ++t) acc[t] = kTwo ? add(low_dot[t].sum(), high_dot[t].sum()) : low_dot[t].sum();
+}
+
+// T tokens from m on times the 16 rows of block b, whose lines (or panel) are at w.
+template <int T, bool kPacked>
+static void tile(const Job& j, const uint8_t* w, int64_t b, int64_t m) {
+    constexpr int64_t kLineBytes = kPacked ? 64 : 128;
+    F32 sum[T];
+    for (int t = 0; t < T; ++t) sum[t] = set_f32(0.0f);
+    const int8_t* x = j.x + m * j.stride_x;
+    int64_t line = 0;
+    for (int64_t g = 0; g < j.groups; ++g) {
+        const int64_t end = min_of(line + j.group_lines, j.lines);
+        I32 acc[T];
+        for (int t = 0; t < T; ++t) acc[t] = set_i32(-j.sums[(m + t) * j.groups + g]);
+        for (; line + 4 <= end; line += 4)
+            dot_lines<T, 4, kPacked>(acc, w + line * kLineBytes, x + line * 8, j.stride_x);
+        for (; line < end; ++line) dot_lines<T, 1, kPacked>(acc, w + line * kLineBytes, x + line * 8, j.stride_x);
+        const F32 scale = load_f32(j.a.scale + g * j.np + b * 16);
+        for (int t = 0; t < T; ++t) sum[t] = fma(to_f32(acc[t]), scale, sum[t]);
+    }
+    const int64_t count = min_of(16, j.a.n - b * 16);
+    for (int t = 0; t < T; ++t) {
+        F32 y = mul(sum[t], set_f32(j.a.sx[m + t]));
+        if (j.a.bias) y = add(y, load_part(j.a.bias + b * 16, count));
+        store_part(j.a.y, (m + t) * j.a.n + b * 16, j.a.y_dtype, y, count);
+    }
+}
+
+template <int T, bool kPacked>
+PERCARD_INLINE void last_tile(const Job& j, const uint8_t* w, int64_t b, int64_t m, int64_t count) {
+    if (count == T) return tile<T, kPacked>(j, w, b, m);
+    if constexpr (T > 1) last_tile<T - 1, kPacked>(j, w, b, m, count);
+}
+
+static void blocks(const Job& j, int64_t begin, int64_t end) {
+    const bool few = j.a.m <= kIntTokens;
+    auto* panel = few ? nullptr : static_cast<uint8_t*>(scratch(kSlotPanel, j.lines * 128));
+    for (int64_t b = begin; b < end; ++b) {
+        const uint8_t* w = j.a.w + b * j.block_bytes;
+        if (few) {
+            last_tile<kIntTokens, true>(j, w, b, 0, j.a.m);
+            continue;
+        }
+        for (int64_t line = 0; line < j.lines; ++line) {
+            const Bytes packed = load_bytes(w + line * 64);
+            store_bytes(panel + line * 128, low_nibbles(packed));
+            store_bytes(panel + line * 128 + 64, high_nibbles(packed));
+        }
+        int64_t m = 0;
+        for (; m + kIntTokens <= j.a.m; m += kIntTokens) tile<kIntTokens, false>(j, panel, b, m);
+        if (m < j.a.m) last_tile<kIntTokens, false>(j, panel, b, m, j.a.m - m);
+    }
+}
+
+static int32_t sum_of(const int8_t* x, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += x[k];
+    return sum;
+}
+
+}  // namespace w4a8
 
 void matmul_w4a8(const MatmulW4A8& a) {
-    const int64_t blocks = (a.n + 15) / 16, lines = round_up(a.k, 128) / 8, np = blocks * 16;
-    parallel(blocks, a.m * a.k * 16.0, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-            const uint8_t* w = a.w + b * lines * 64;
-            for (int64_t m = 0; m < a.m; ++m) {
-                float sum[16] = {};
-                const int8_t* x = a.xq + m * a.stride_xm;
-                for (int64_t start = 0, g = 0; start < a.k; start += a.group, ++g) {
-                    int32_t acc[16] = {};
-                    for (int64_t k = start; k < min_of(a.k, start + a.group); ++k)
-                        for (int r = 0; r < 16; ++r) {
-                            const uint8_t byte = w[k / 8 * 64 + r * 4 + k % 4];
-                            acc[r] += x[k] * (((k & 4) ? byte >> 4 : byte & 15) - 8);
-                        }
-                    for (int r = 0; r < 16; ++r)
-                        sum[r] = __builtin_fmaf(static_cast<float>(acc[r]), a.scale[g * np + b * 16 + r], sum[r]);
-                }
-                for (int64_t r = 0; r < min_of(16, a.n - b * 16); ++r) {
-                    float y = sum[r] * a.sx[m];
-                    if (a.bias) y = y + a.bias[b * 16 + r];
-                    store_float(a.y, m * a.n + b * 16 + r, a.y_dtype, y);
-                }
-            }
+    const int64_t groups = (a.k + a.group - 1) / a.group, lines = round_up(a.k, 8) / 8;
+    const bool whole = a.k % 8 == 0;
+    const int64_t stride_x = whole ? a.stride_xm : lines * 8;
+    auto* sums = static_cast<int32_t*>(scratch(kSlotSums, a.m * groups * 4));
+    auto* padded = whole ? nullptr : static_cast<int8_t*>(scratch(kSlotX, a.m * stride_x));
+    parallel(a.m, a.k * 0.1, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) {
+            const int8_t* x = a.xq + m * a.stride_xm;
+            for (int64_t g = 0; g < groups; ++g)
+                sums[m * groups + g] =
+                    8 * (groups == 1 ? a.xsum[m] : w4a8::sum_of(x + g * a.group, min_of(a.group, a.k - g * a.group)));
+            if (whole) continue;
+            std::memcpy(padded + m * stride_x, x, a.k);
+            std::memset(padded + m * stride_x + a.k, 0, stride_x - a.k);
         }
     });
+    const w4a8::Job job{a,     whole ? a.xq : padded, stride_x, sums, groups, groups == 1 ? lines : a.group / 8,
+                        lines, round_up(a.k, 128) * 8, round_up(a.n, 16)};
+    const int64_t blocks = job.np / 16;
+    parallel(blocks, job.block_bytes * 0.1 + a.m * a.k * 16 / kIntMacsPerNs,
+             [&](int64_t begin, int64_t end) { w4a8::blocks(job, begin, end); });
 }
 
 }  // namespace PERCARD_ISA
