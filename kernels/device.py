@@ -28,6 +28,11 @@ def has_card() -> bool:
     return torch.cuda.is_available()
 
 
+def cards() -> int:
+    """How many CUDA devices torch sees."""
+    return torch.cuda.device_count()
+
+
 @functools.cache
 def card(index: int = 0) -> Card:
     """The CUDA device `index`; RuntimeError (torch's) without one."""

@@ -177,7 +177,7 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        wanted = {"codes", "scale"} | ({"zero"} if self.zero is not None else set())
+        wanted = {"codes", "scale"} | (set() if self.spec.symmetric else {"zero"})
         wanted |= {"bias"} if self.bias is not None else set()
         found = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
         missing_keys += sorted(prefix + name for name in wanted - found)

@@ -122,7 +122,7 @@ def _machine() -> dict[str, Any]:
     if device.has_card():
         card = device.card()
         facts["card"] = f"{card.name}, sm_{card.sm}, {card.sms} SMs, {card.shared_bytes // 1024} kB shared memory"
-        facts["cards"] = torch.cuda.device_count()
+        facts["cards"] = device.cards()
     else:
         facts["card"] = None
     return facts

@@ -52,7 +52,10 @@ def absent(body: Body) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `body` run for every body that is here, tests that take `any_body` for all of them."""
+    """Tests that take `body` run for every body that is here, tests that take `any_body` for all of them.
+
+    On a machine with a card, Triton's bodies run there, as `gpu` tests.
+    """
     if "any_body" in metafunc.fixturenames:
         metafunc.parametrize("any_body", bodies(), ids=str)
     if "body" in metafunc.fixturenames:
@@ -60,7 +63,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ops = getattr(metafunc.function, "ops", OPS)
         here = [b for b in bodies() if absent(b) is None and b.op.name in ops]
         chosen = [b for b in here if b.where == "cuda" or not on_card]
-        metafunc.parametrize("body", chosen, ids=str, indirect=True)
+        marks = {"cuda": [pytest.mark.gpu], "cpu": []}
+        given = [pytest.param(b, marks=marks[b.where], id=str(b)) for b in chosen]
+        metafunc.parametrize("body", given, indirect=True)
 
 
 @pytest.fixture

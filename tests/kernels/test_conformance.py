@@ -1,7 +1,7 @@
 """Every op x body x case against the op's reference, in the op's own tolerance, on fresh random inputs.
 
-Triton's bodies run on a card (`make test-gpu`); without one they run in Triton's interpreter, in a process of their own
-(test_interpreter.py). By hand: TRITON_INTERPRET=1 pytest tests/kernels/test_conformance.py -k triton
+Triton's bodies run on a card (`make test-gpu`: all of these tests, and the real shapes); without one they run in Triton's
+interpreter, in a process of their own (test_interpreter.py). By hand: TRITON_INTERPRET=1 pytest tests/kernels/test_conformance.py -k triton
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_no_rows_is_no_call(body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_code(body: Any, seed: int) -> None:
     if body.op.name == "quantize_rows":
-        x = torch.arange(-127.0, 128.0, device=body.where).expand(4, -1) * torch.tensor([[1e-8], [0.01], [1], [1e4]])
+        x = torch.arange(-127.0, 128.0).expand(4, -1) * torch.tensor([[1e-8], [0.01], [1], [1e4]])
         q = answer(body.op, body.name, (x.to(body.where),))[0]
         assert torch.equal(q.cpu(), torch.arange(-127, 128, dtype=torch.int8).expand(4, -1))
         return
