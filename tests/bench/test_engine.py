@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from percard.bench.engine import load
+from percard.bench.engine.graphs import capture
 from percard.bench.engine.model import Model
 
 transformers = pytest.importorskip("transformers")
@@ -137,3 +138,35 @@ def test_limits_are_named(checkpoint):
         model.generate([[model.config.vocab]], 1)
     with pytest.raises(ValueError, match="no token"):
         model.generate([[]], 1)
+
+
+def test_on_a_cpu_a_loop_stays_a_function():
+    def loop() -> int:
+        return 3
+
+    assert capture(loop, torch.device("cpu")) is loop
+
+
+@pytest.mark.gpu
+def test_a_captured_decode_loop_equals_steps(checkpoint):
+    device = torch.device("cuda")
+    model = load(checkpoint("qwen3"), device=device)
+    cache, prompt = model.new_cache(2, 32), torch.randint(1, 211, (2, 16), device=device)
+    first = model.prefill(prompt, cache).argmax(-1)
+    expected, tokens = [], first
+    for _ in range(8):
+        tokens = model.step(tokens, cache).argmax(-1)
+        expected.append(tokens)
+    held, out = first.clone(), torch.zeros(8, 2, dtype=torch.int64, device=device)
+
+    def loop() -> None:
+        tokens = held
+        cache.rewind(16)
+        for i in range(8):
+            tokens = model.step(tokens, cache).argmax(-1)
+            out[i] = tokens
+
+    replay = capture(loop, device)
+    out.zero_()
+    replay()
+    assert torch.equal(out, torch.stack(expected))
