@@ -184,5 +184,5 @@ def _row(
             "reasons": ["speed at true shapes, quality not measured"],
             "sqnr_db": model.weights.sqnr_db,
         },
-        "words": f"{rate:.0f} tok/s, {gain.median:.2f} x {versus['batch_fp16']} in {dtype}",
+        "words": f"{rate:.0f} tok/s, {gain.median:.2f} x {str(sides['baseline'].dtype).removeprefix('torch.')}",
     }

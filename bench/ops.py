@@ -215,8 +215,9 @@ def _cpu_times(turns: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) ->
         return lambda: turn[next(place) % len(turn)]()
 
     calls = {name: whole(turn) for name, turn in turns.items()}
-    slowest = min(clock.ab(calls, rounds=1).values(), key=lambda sample: sample.median).median
-    repeat = max(1, min(1000, math.ceil(_SAMPLE_S / max(slowest, 1e-7))))
+    once = [sample.median for sample in clock.ab(calls, rounds=1).values()]
+    # Long enough for the fastest, unless the slowest would then take ten times as long as a sample should.
+    repeat = max(1, min(1000, math.ceil(_SAMPLE_S / min(once)), math.ceil(10 * _SAMPLE_S / max(once))))
     return _Seen(clock.ab(calls, rounds=rounds, calls=repeat), {}, repeat, {})
 
 
