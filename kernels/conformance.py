@@ -20,14 +20,15 @@ from .op import Op
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory of torch holds NaN, or the largest integer, while this is open: outputs and workspaces alike."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module that makes its attributes when asked
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
