@@ -6,6 +6,7 @@ process, a ratio is taken within each round, and every figure carries its spread
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -168,7 +169,7 @@ def card_ab(
     eager = {name: _eager(turn, device, eager_rounds) for name, turn in functions.items()}
     graphs = {name: _Graph(turn, device, work_s, most_calls) for name, turn in functions.items()}
     try:
-        replays = {name: max(1, round(sample_s / graph.seconds)) for name, graph in graphs.items()}
+        replays = {name: max(1, math.ceil(0.9 * sample_s / graph.seconds)) for name, graph in graphs.items()}
         times: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(rounds):
             for name, graph in graphs.items():

@@ -68,7 +68,9 @@ class FakeWorker:
         if do == "fail":
             return Outcome("failed", {"type": "ValueError", "message": "wrong", "stage": "x"})
         if do == "red":
-            on_row({"status": "failed", "quality": {"gate": "red"}, "error": {"type": "C", "message": "off", "stage": "g"}})
+            on_row(
+                {"status": "failed", "quality": {"gate": "red"}, "error": {"type": "C", "message": "off", "stage": "g"}}
+            )
             return Outcome("ok")
         on_row({"part": "rival", "value": 2})
         on_row({"value": 1})
@@ -203,7 +205,7 @@ def test_time_left_over_goes_to_the_next_stage(track: Track) -> None:
 def test_predictions_are_corrected_by_what_was_seen(track: Track) -> None:
     # Cells take 30 s where 10 were predicted: with 35 s left none may start.
     assert track.run({"a": [("ok", 30.0)] * 8}, 3) == CUT
-    last = [row for row in rows_of(track.where) if row["status"] == "cut"][0]
+    last = next(row for row in rows_of(track.where) if row["status"] == "cut")
     assert "predicted 30.0 s" in last["error"]["message"]
     assert track.clock.t - 1000 <= 171
 
