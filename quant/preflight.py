@@ -19,7 +19,7 @@ from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.header import nbytes_of
 from ..formats.spec import FormatError, QuantSpec
-from . import engines, walk
+from . import engines, walk, workers
 from .methods import METHODS
 from .recipe import Recipe
 from .report import human
@@ -207,15 +207,15 @@ def _packed(linear: Linear, spec: QuantSpec, dtype: torch.dtype) -> int:
 
 
 def _memory(found: Map, assignment: Assignment, plan: TensorPlan, by_rows: bool) -> int:
-    """Peak of a run: one packed weight, one row range in work (about eight fp32 copies), and on checking its codes."""
+    """Peak of a run: one packed weight, and on every thread one row range in work (about eight fp32 copies)."""
     largest = 0
     for linear in found.linears:
         if linear.name not in assignment.specs:
             continue
         n, k = linear.shape
         packed = _packed(linear, assignment.specs[linear.name], found.dtype)
-        rows = min(n * k, walk.ROW_WEIGHTS) if by_rows else n * k
-        largest = max(largest, 2 * packed + 2 * n * k + 8 * 4 * rows)
+        rows = min(n * k, (workers.count() + 1) * walk.ROW_WEIGHTS) if by_rows else n * k
+        largest = max(largest, 2 * packed + 8 * 4 * rows)
     return RESIDENT + largest + 300 * len(plan)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from .progress import Callback, Meter
 from .recipe import Recipe
 from .report import Module, Report
 from .walk import Linear
+from .workers import Workers
 
 
 def run(
@@ -65,13 +67,12 @@ def _write(plan: preflight.Preflight, folder: Path, meter: Meter) -> list[Module
     source, specs = plan.source, plan.assignment.specs
     linears = {x.tensor: x for x in plan.found.linears if x.name in specs}
     modules = []
-    with Writer(folder, plan.tensors) as writer:
-        for (
-            name
-        ) in source.names:  # in the order of the bytes on disk: reading is sequential, shards are done one by one
+    with Writer(folder, plan.tensors) as writer, Workers() as workers:
+        # In the order of the bytes on disk: reading is sequential, and shards are done one by one.
+        for name in source.names:
             if name in linears:
                 linear = linears[name]
-                modules.append(_quantise(plan, linear, specs[linear.name], writer, meter))
+                modules.append(_quantise(plan, linear, specs[linear.name], writer, workers, meter))
             else:
                 _copy(source, name, writer, meter)
         writer.copy_side_files(source)
@@ -81,7 +82,9 @@ def _write(plan: preflight.Preflight, folder: Path, meter: Meter) -> list[Module
     return modules
 
 
-def _quantise(plan: preflight.Preflight, linear: Linear, spec: QuantSpec, writer: Writer, meter: Meter) -> Module:
+def _quantise(
+    plan: preflight.Preflight, linear: Linear, spec: QuantSpec, writer: Writer, workers: Workers, meter: Meter
+) -> Module:
     """Rounds one weight, row range by row range, and writes its tensors."""
     source, dtype = plan.source, plan.found.dtype
     step = plan.recipe.rounding
@@ -92,14 +95,18 @@ def _quantise(plan: preflight.Preflight, linear: Linear, spec: QuantSpec, writer
     }
     filled = dict.fromkeys(whole, 0)
     facts = {"signal": 0.0, "noise": 0.0}
-    for start, stop in walk.row_ranges(linear.shape, method.by_rows):
+    info = source.info(linear.tensor)
+
+    def work(start: int, stop: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], int]:
         weight = source.read_rows(linear.tensor, start, stop)
         try:
             rounded = method.run(weight.float(), None, spec, scale_dtype=affine.scale_dtype_of(spec, dtype), **options)
         except FormatError as error:
-            where = source.info(linear.tensor).file
-            raise FormatError(f"{where}: tensor {linear.tensor}, rows {start} to {stop - 1}: {error}") from None
-        for suffix, piece in compressed_tensors.write(rounded.tensor, dtype).items():
+            raise FormatError(f"{info.file}: tensor {linear.tensor}, rows {start} to {stop - 1}: {error}") from None
+        return compressed_tensors.write(rounded.tensor, dtype), rounded.facts, weight.nbytes
+
+    for pieces, found, done in workers.over(work, walk.row_ranges(linear.shape, method.by_rows)):
+        for suffix, piece in pieces.items():
             if suffix == "weight_shape":  # of the whole weight, not of a range
                 piece = torch.tensor(linear.shape, dtype=piece.dtype)
             at = filled[suffix]
@@ -107,13 +114,13 @@ def _quantise(plan: preflight.Preflight, linear: Linear, spec: QuantSpec, writer
             whole[suffix][at : at + count] = piece[:count]
             filled[suffix] = at + count if suffix != "weight_shape" else 0
         for key in facts:
-            facts[key] += rounded.facts[key]
-        meter.add(weight.numel() * weight.element_size(), linear.name)
+            facts[key] += found[key]
+        meter.add(done, linear.name)
     for suffix, tensor in whole.items():
         writer.add(f"{linear.name}.{suffix}", tensor)
-    size = sum(t.numel() * t.element_size() for t in whole.values())
+    size = sum(tensor.nbytes for tensor in whole.values())
     ratio = report.sqnr(facts["signal"], facts["noise"])
-    return Module(linear.name, str(spec), method.name, linear.shape, ratio, source.info(linear.tensor).nbytes, size)
+    return Module(linear.name, str(spec), method.name, linear.shape, ratio, info.nbytes, size)
 
 
 def _copy(source: Checkpoint, name: str, writer: Writer, meter: Meter) -> None:

@@ -25,6 +25,7 @@ from .progress import Meter
 from .recipe import Callback
 from .report import Module, Report
 from .walk import Linear
+from .workers import Workers
 
 LEVELS = ("bytes", "weights")
 LEAST_SQNR = {3: 12.0, 4: 12.0, 8: 30.0}  # dB by weight bits; normal weights: int4 g128 19.1, int8 row 42.1
@@ -54,14 +55,20 @@ def verify(
     wrong = {x.name for x in linears if any(f"{x.name}." in f for f in failures)}
     copied = [n for n in source.names if n not in {x.tensor for x in linears}]
     failures += _copies(source, made, copied, meter)
-    modules, flags = [], []
+    modules, flags, weights = [], [], {}
+    if level == "weights":
+        with Workers() as workers:
+            for linear in linears:
+                if linear.name not in wrong:
+                    spec = specs[linear.name]
+                    weights[linear.name] = _weight(source, made, linear, spec, found.dtype, workers, meter)
     for linear in linears:
         spec = specs[linear.name]
         names = [f"{linear.name}.{s}" for s in compressed_tensors.plan(linear.shape, spec, found.dtype)]
         size = sum(made.info(n).nbytes for n in names if n in made.tensors)
         ratio, exact = None, False
-        if level == "weights" and linear.name not in wrong:
-            problem, signal, noise = _weight(source, made, linear, spec, found.dtype, meter)
+        if linear.name in weights:
+            problem, signal, noise = weights[linear.name]
             ratio, exact = report.sqnr(signal, noise), noise == 0
             if problem:
                 failures.append(problem)
@@ -165,29 +172,57 @@ def _copies(source: Checkpoint, made: Checkpoint, names: list[str], meter: Meter
 
 
 def _weight(
-    source: Checkpoint, made: Checkpoint, linear: Linear, spec: QuantSpec, dtype: torch.dtype, meter: Meter
+    source: Checkpoint,
+    made: Checkpoint,
+    linear: Linear,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    workers: Workers,
+    meter: Meter,
 ) -> tuple[str | None, float, float]:
     """(what is wrong, signal, noise) of one quantised weight; sums of squares over row ranges."""
     suffixes = compressed_tensors.plan(linear.shape, spec, dtype)
     file = made.info(f"{linear.name}.{next(iter(suffixes))}").file
-    try:
-        tensor = compressed_tensors.read({s: made.read(f"{linear.name}.{s}") for s in suffixes}, spec, linear.shape)
-    except FormatError as error:
-        meter.add(source.info(linear.tensor).nbytes, linear.name)
-        return f"{file}: {linear.name}: {error}", 0.0, 0.0
-    problem = None
-    if not bool((torch.isfinite(tensor.scale) & (tensor.scale > 0)).all()):
-        problem = f"{file}: tensor {linear.name}.weight_scale holds values that are not finite and above zero"
-    signal = noise = 0.0
-    for start, stop in walk.row_ranges(linear.shape):
+
+    def work(start: int, stop: int) -> tuple[str | None, dict[str, float], int]:
         weight = source.read_rows(linear.tensor, start, stop)
-        zero = None if tensor.zero is None else tensor.zero[start:stop]
-        part = signal_and_noise(weight.float(), tensor.data[start:stop], tensor.scale[start:stop], zero, spec)
-        signal, noise = signal + part["signal"], noise + part["noise"]
-        meter.add(weight.numel() * weight.element_size(), linear.name)
+        parts = {s: _rows(made, f"{linear.name}.{s}", s, linear, spec, start, stop) for s in suffixes}
+        none = {"signal": 0.0, "noise": 0.0}
+        try:
+            tensor = compressed_tensors.read(parts, spec, (stop - start, linear.shape[1]))
+        except FormatError as error:
+            return f"{file}: {linear.name}, rows {start} to {stop - 1}: {error}", none, weight.nbytes
+        if not bool((tensor.scale > 0).all()):
+            return f"{file}: tensor {linear.name}.weight_scale is not finite and above zero", none, weight.nbytes
+        sums = signal_and_noise(weight.float(), tensor.data, tensor.scale, tensor.zero, spec)
+        return None, sums, weight.nbytes
+
+    problem: str | None = None
+    if "weight_shape" in suffixes and made.read(f"{linear.name}.weight_shape").tolist() != list(linear.shape):
+        said = made.read(f"{linear.name}.weight_shape").tolist()
+        problem = f"{file}: tensor {linear.name}.weight_shape says {said}, expected {list(linear.shape)}"
+    signal = noise = 0.0
+    for wrong, sums, done in workers.over(work, walk.row_ranges(linear.shape)):
+        problem = problem or wrong
+        signal, noise = signal + sums["signal"], noise + sums["noise"]
+        meter.add(done, linear.name)
     if problem is None and not (signal < float("inf") and noise < float("inf")):
         problem = f"{file}: {linear.name} holds NaN or Inf, or its source does"
     return problem, signal, noise
+
+
+def _rows(
+    made: Checkpoint, name: str, suffix: str, linear: Linear, spec: QuantSpec, start: int, stop: int
+) -> torch.Tensor:
+    """What rows start..stop-1 of a weight need of one of its tensors; `start` is a multiple of walk.ROW_MULTIPLE."""
+    rows, columns = linear.shape
+    if suffix == "weight_shape":
+        return torch.tensor([stop - start, columns])
+    if made.info(name).shape[0] == rows:
+        return made.read_rows(name, start, stop)
+    return made.read_rows(
+        name, start * spec.weight_bits // 32, -(-stop * spec.weight_bits // 32)
+    )  # packed along the rows
 
 
 def _bytes(source: Checkpoint, made: Checkpoint, modules: list[Module]) -> dict[str, int]:

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (QKV, ("self_attn.o_proj",))
 DENSE_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-ROW_WEIGHTS = 1 << 22  # weights of one row range: 16 MB in fp32, enough to keep all cores at work
+ROW_WEIGHTS = 1 << 21  # weights of one row range: 8 MB in fp32
 ROW_MULTIPLE = 32  # packed zero points of 32 rows fill whole words at any bit width
 
 
