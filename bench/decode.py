@@ -41,7 +41,7 @@ def cell(
     """
     where = torch.device(device)
     limit = max(depth + 1, prompt)
-    layers = layers or fitting_layers(load_config(source), spec, where)
+    layers = layers or fitting_layers(load_config(source), where, max(batches) * (depth + 1))
     base = _baseline(source, layers, device, limit)
     if not bool(torch.isfinite(base.logits(_ids(base, (1, 4)))).all()):
         raise ValueError(f"{source}: the 16-bit side gives NaN or Inf; its weights are not usable")
@@ -70,12 +70,16 @@ def cell(
                 yield made if last else made | {"part": f"{side} b{batch}"}
 
 
-def fitting_layers(config: Config, spec: str | None, device: torch.device) -> int:
-    """All layers, or as many as leave a fifth of the card free beside the 16-bit side."""
-    free = 0.8 * card.free_bytes(device)
-    bits = QuantSpec.parse(spec).weight_bits if spec else 16
-    tables = 2 * 4 * config.vocab * config.hidden
-    return max(1, min(config.layers, int((free - tables) / (config.block_parameters() * (2 + 1.1 * bits / 8)))))
+def fitting_layers(config: Config, where: torch.device, kv_tokens: int) -> int:
+    """All layers, or as many as fit the memory twice in 16 bits, beside a cache of `kv_tokens` and the tables.
+
+    The same number for every spec, so that rows compare.
+    """
+    found = card.fingerprint(where)["card"]
+    memory = 0.85 * found["mem_mib"] * 2**20 if found else 0.8 * card.free_bytes(where)
+    tables = 10 * config.vocab * config.hidden  # an embedding and a head on each side, an int8 copy of one head
+    per_layer = 4 * config.block_parameters() + 4 * kv_tokens * config.kv_size
+    return max(1, min(config.layers, int((memory - tables) / per_layer)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -301,7 +301,14 @@ def _roofline(work: Cost, seconds: float, roof: Mapping[str, float], act_bits: i
     rate = roof.get("int8" if act_bits == 8 else "bf16")
     memory = work.bytes / (roof["copy_gbs"] * 1e9) if roof.get("copy_gbs") else None
     compute = work.flops / (rate * 1e12) if rate else None
-    out = {"bytes": work.bytes, "flops": work.flops, "bound": None, "mbu": None, "mfu": None, "pct_of_roof": None}
+    out: dict[str, Any] = {
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "bound": None,
+        "mbu": None,
+        "mfu": None,
+        "pct_of_roof": None,
+    }
     if memory is not None:
         best = max(memory, compute or 0.0)
         out |= {"bound": "mem" if best == memory else "compute", "pct_of_roof": 100 * best / seconds}
@@ -375,7 +382,7 @@ def run(
             "roof": roof,
         }
         outcome = run_here(f"{__name__}:time_case", arguments, rows.append)
-        row = rows[-1] if rows else {"status": outcome.status, "error": outcome.error}
+        row: dict[str, Any] = rows[-1] if rows else {"status": outcome.status, "error": outcome.error}
         words = row.pop("words", None) or (row.get("error") or {}).get("message", "")
         row["clock"] = {**row.get("clock", {}), "noisy": noisy}
         row["card"] = {**shared["card"], **row.get("card", {})}

@@ -262,6 +262,8 @@ class Runner:
         return rows
 
     def _run_cell(self, run: Run, worker: WorkerLike, cell: Cell, key: str, into: str, place: str) -> None:
+        if self.stopped is None:
+            worker.ready(lambda: self.stopped is not None)
         predicted = cell.seconds * self._correction.get(cell.kind, 1.0)
         if self.stopped or run.left() <= MARGIN * predicted:
             why = self.stopped or f"{max(0.0, run.left()):.1f} s left in the stage"

@@ -35,6 +35,7 @@ SPECS = ("w4a16-g128", "w8a8", "w4a8-g128", "w4a8")
 MODEL_SPECS = (None, "w4a16-g128", "w8a8", "w4a8-g128")
 BATCHES, DEPTH = (1, 16, 64), 1024
 _PACKAGE = __package__
+_START_WORKER = functools.partial(Worker, first=f"{_PACKAGE}.slot_tasks:load")
 
 
 # The stages ---------------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def run(
     stages: Sequence[Stage] = STAGES,
     say: Callable[[str], None] | None = None,
     now: Callable[[], float] = time.monotonic,
-    make_worker: Callable[[Path, Mapping[str, str]], WorkerLike] = Worker,
+    make_worker: Callable[[Path, Mapping[str, str]], WorkerLike] = _START_WORKER,
 ) -> int:
     """Runs the slot into folder `out` for at most `minutes`. Returns the exit code:
 

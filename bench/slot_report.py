@@ -190,7 +190,7 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> str:
                 _number(latency["median"], 1),
                 f"{_number(latency['lo'], 1)}-{_number(latency['hi'], 1)}",
                 _number(latency.get("eager"), 1),
-                _number(base and base["median"], 1),
+                _number(base["median"] if base else None, 1),
                 f"{base['ratio']:.2f} ({base['ci95'][0]:.2f}-{base['ci95'][1]:.2f})" if base else "",
                 f"{best['impl']} {_number(best['median'], 1)}" if best else "",
                 _number((row.get("roofline") or {}).get("pct_of_roof"), 0),

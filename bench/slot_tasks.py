@@ -19,6 +19,10 @@ _SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S+::.+?) - (.*)")
 _NOTHING_COLLECTED = 5
 
 
+def load() -> None:
+    """Does nothing: that this module is here means that torch and the ops are loaded."""
+
+
 def distinct_kernels(arch: str, problems: list[list[str]]) -> Iterator[dict[str, Any]]:
     """{op, case, index} of each kernel that [op, name of a case] need on an architecture; equal machine code once."""
     from ..kernels import inspection  # imports Triton's compiler; only these two tasks want it
@@ -31,8 +35,8 @@ def distinct_kernels(arch: str, problems: list[list[str]]) -> Iterator[dict[str,
         case = ops.case_of(op, name)
         if op == "matmul_w4a16" and str(case.dtype) == "torch.float32":
             continue  # its Triton body refuses fp32
-        for index, launch in enumerate(inspection._plan(op, case, arch)):
-            key = (op, *inspection._key(launch))
+        for index, launch in enumerate(inspection.plan(op, case, arch)):
+            key = (op, *inspection.key(launch))
             if key not in seen:
                 seen.add(key)
                 yield {"op": op, "case": name, "index": index}

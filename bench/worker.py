@@ -28,6 +28,7 @@ from typing import Any, Protocol, TextIO
 
 _POLL_S = 0.1
 _GRACE_S = 2.0
+_START_S = 120.0
 # Texts of errors after which a CUDA context answers every call with the same error.
 _POISON = ("cuda error", "cublas_status", "cudnn_status", "illegal memory access", "device-side assert", "misaligned")
 _LOST = ("no cuda-capable device", "gpu is lost", "device unavailable", "devices unavailable", "fallen off the bus")
@@ -58,16 +59,27 @@ class WorkerLike(Protocol):
         stop: Callable[[], bool],
     ) -> Outcome: ...
 
+    def ready(self, stop: Callable[[], bool]) -> None: ...
+
     def close(self) -> None: ...
 
 
 class Worker:
-    """A child process that runs one cell at a time. Started at its first cell, and again after it died."""
+    """A child process that runs one cell at a time. Started at its first cell, and again after it died.
 
-    def __init__(self, log: Path, env: Mapping[str, str] | None = None) -> None:
-        self._log, self._env = log, dict(env or {})
+    `first` is a task without arguments that a new process runs before any cell: loading torch takes seconds that no
+    cell should answer for.
+    """
+
+    def __init__(self, log: Path, env: Mapping[str, str] | None = None, first: str | None = None) -> None:
+        self._log, self._env, self._first = log, dict(env or {}), first
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
+
+    def ready(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Starts the process if it is not up. What goes wrong in its first task will show in the cell as well."""
+        if self._first is not None and (self._process is None or self._process.poll() is not None):
+            self.run(self._first, {}, _START_S, lambda row: None, stop)
 
     def run(
         self,
@@ -95,18 +107,18 @@ class Worker:
                 self.close()
                 message = f"no answer within {timeout:.0f} s; the process was ended"
                 return Outcome("timeout", {"type": "Timeout", "message": message, "stage": "run"}, poisoned=True)
-            for message in self._messages():
-                if message is None:
+            for answer in self._messages():
+                if answer is None:
                     return self._died()
-                if "row" in message:
-                    on_row(message["row"])
+                if "row" in answer:
+                    on_row(answer["row"])
                     continue
-                error = message["error"]
+                error = answer["error"]
                 text = "" if error is None else f"{error['type']}: {error['message']}".lower()
                 poisoned = any(word in text for word in _POISON)
                 if poisoned:
                     self.close()
-                return Outcome(message["end"], error, poisoned, any(word in text for word in _LOST))
+                return Outcome(answer["end"], error, poisoned, any(word in text for word in _LOST))
 
     def close(self) -> None:
         """Ends the process and all that it started."""

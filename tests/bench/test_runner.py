@@ -76,6 +76,9 @@ class FakeWorker:
         on_row({"value": 1})
         return Outcome("ok")
 
+    def ready(self, stop: Callable[[], bool]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

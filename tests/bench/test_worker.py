@@ -123,6 +123,22 @@ def test_hanging_cell_is_ended(cell: Try) -> None:
         os.kill(pid, 0)
 
 
+def test_first_task_runs_once_per_process(tmp_path: Path) -> None:
+    made = Try(tmp_path)
+    (tmp_path / "worker_tasks.py").write_text(
+        TASKS + "\nstarted = []\ndef first():\n    started.append(1)\n"
+        "def count():\n    return {'started': len(started)}\n"
+    )
+    made.worker = Worker(made.log, made.worker._env, first="worker_tasks:first")
+    for _ in range(2):
+        made.worker.ready()
+        assert made("count").status == "ok" and made.rows == [{"started": 1}]
+    assert made("killed").status == "died"
+    made.worker.ready()
+    assert made("count").status == "ok" and made.rows == [{"started": 1}], "a new process, warmed again"
+    made.worker.close()
+
+
 def test_stop_ends_a_cell(cell: Try) -> None:
     outcome = cell.worker.run("worker_tasks:hangs", {}, 60.0, cell.rows.append, lambda: True)
     assert outcome.status == "stopped"
