@@ -1,4 +1,4 @@
-"""What serving engines make of the result: rows of formats/accepts.json, tensor-parallel splits, commands for the card."""
+"""What serving engines make of the result: rows of formats/accepts.json, splits over cards, commands for the card."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def commands(folder: Path, found: Map, assignment: Assignment) -> dict[str, str]
     how = {
         "vllm": f"vllm serve {name}",
         "sglang": f"python -m sglang.launch_server --model-path {name}",
-        "transformers": f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{name}')\"",
+        "transformers": f"from transformers import AutoModelForCausalLM as M; model = M.from_pretrained('{name}')",
     }
     out = {"percard": f'percard generate {name} --prompt "Once"'}
     used = _used(found, assignment)

@@ -20,7 +20,7 @@ MARKER = ".percard-unfinished"  # formats/checkpoint.py puts it into a folder th
 
 
 def refuse(src: Path, dst: Path, force: bool) -> None:
-    """Raises before anything is made when `dst` cannot be the output: FileExistsError or FormatError, with the remedy."""
+    """Raises, before anything is made, when `dst` cannot be the output: FileExistsError or FormatError with a remedy."""
     here, there = dst.resolve(), src.resolve()
     if here == there:
         raise FormatError(f"{dst}: output and source are the same folder; choose another --out")
@@ -46,7 +46,7 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
 
 
 class Output:
-    """Context manager around the work: `.folder` is where to write; `publish()` gives it its name. Anything else removes it."""
+    """Context manager: `.folder` is where to write, `publish()` gives it its name; leaving without that removes it."""
 
     def __init__(self, dst: Path, force: bool = False) -> None:
         self.dst = dst.parent.resolve() / dst.name if dst.name not in ("", "..") else dst.resolve()
@@ -126,7 +126,7 @@ class Output:
 
 
 def discard(path: Path) -> None:
-    """Removes a file or a folder; config.json goes first, so that what a kill leaves of it does not look like a model."""
+    """Removes a file or a folder; config.json goes first, so that what a kill leaves of it looks like no model."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

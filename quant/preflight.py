@@ -1,7 +1,7 @@
 """The dry run: what each module gets, what it costs and whether it can work, from config.json and headers alone.
 
 Reads no weight and makes nothing. Bad input raises; what would work but not here or not there (no room on the disk, an
-engine that does not load the result, a tensor-parallel size that cuts a group) is listed in `refusals`, each with a remedy.
+engine that does not load the result, a split over cards that cuts a group) is listed in `refusals`, each with a remedy.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class Preflight:
             f"  output {human(self.bytes_output)} ({self.bytes_output / max(self.bytes_source, 1):.0%} of the source)"
         )
         lines.append(
-            f"  memory at most {human(self.memory)}{free(self.memory_free)}; disk {human(self.disk)}{free(self.disk_free)}"
+            f"  memory at most {human(self.memory)}{free(self.memory_free)}, "
+            f"disk {human(self.disk)}{free(self.disk_free)}"
         )
         lines += [f"  engine {engines.line(row)}" for row in self.engine]
         lines += [f"  note: {text}" for text in self.warnings]
@@ -173,7 +174,7 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
 
 
 def _tensors(source: Checkpoint, found: Map, assignment: Assignment) -> TensorPlan:
-    """dtype and shape of every tensor of the output, in the order of the source. FormatError names what does not divide."""
+    """dtype and shape of every output tensor, in the order of the source. FormatError names what does not divide."""
     linears = {x.tensor: x for x in found.linears if x.name in assignment.specs}
     plan: TensorPlan = {}
     for name, info in source.tensors.items():
@@ -245,7 +246,7 @@ def _warnings(source: Checkpoint, found: Map, assignment: Assignment, recipe: Re
         notes.append(f"lm_head becomes {head}: few engines load a quantised head; most keep it at 16 bits")
     if "torch_dtype" not in source.config and "dtype" not in source.config:
         notes.append(
-            f"config.json names no dtype; scales are stored in {str(found.dtype).removeprefix('torch.')}, as the weights"
+            f"config.json names no dtype; scales are stored as the weights, {str(found.dtype).removeprefix('torch.')}"
         )
     if (source.path / "report.json").exists():
         notes.append("report.json of the source gives way to ours")

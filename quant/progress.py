@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a verb: `done` of `total` `unit` ("bytes" or "blocks"), what is at work, seconds left (None: unknown)."""
+    """One step: `done` of `total` `unit` ("bytes" or "blocks"), what is at work, seconds left (None: unknown)."""
 
     phase: str
     done: int

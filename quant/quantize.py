@@ -1,8 +1,8 @@
 """`percard quantize`: source checkpoint in, quantised checkpoint out, checked. The whole story, top to bottom.
 
-Data-free methods know no model: weight after weight, row range by row range, is read, rounded and packed, and whatever has
-no spec is copied byte by byte. Memory is about one packed weight and one row range. What the method found is what is
-written: nothing is quantised a second time.
+Data-free methods know no model: weight after weight, row range by row range, is read, rounded and packed, and whatever
+has no spec is copied byte by byte. Memory is about one packed weight and a row range per thread. What the method found is
+what is written: nothing is quantised a second time.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def run(
 ) -> Report:
     """Quantises `src` into the new folder `dst` and checks the result.
 
-    Raises, with nothing left behind: FormatError (source), RecipeError, FileExistsError (output), preflight.Refused, OSError
-    (disk full). A report with status "red" leaves the folder: it is complete, but a module is worse than it should be.
+    Raises, with nothing left behind: FormatError (source), RecipeError, FileExistsError (output), preflight.Refused,
+    OSError (disk full). A report with status "red" leaves the folder: it is complete, but a module is worse than it should be.
     """
     source_path, out_path = Path(src), Path(dst)
     output.refuse(source_path, out_path, force)
@@ -185,7 +185,7 @@ def _report(plan: preflight.Preflight, dst: Path, modules: list[Module], seconds
 
 
 def _verified(done: Report, folder: Path, src: Path, level: str, progress: Callback | None) -> Report:
-    """The report with what a look at the written files says; RuntimeError when the disk does not hold what was written."""
+    """The report with what a look at the written files says; RuntimeError when they are not what was written."""
     found = verify.verify(folder, src, level=level, progress=progress)
     if found.failures:
         raise RuntimeError(f"{folder}: the checkpoint read back is not what was written: {found.failures[0]}")

@@ -11,8 +11,9 @@
     verify: {level: weights}
     output: {dir: ./out, to: compressed-tensors, card: true}
 
-Names in `layers` and `ignore` are module names of the checkpoint, whole, or `re:` and a regex that Python's `match` holds
-against them. The first entry of `layers` that matches wins. An unknown key is an error that names the nearest known one.
+Names in `layers` and `ignore` are module names of the checkpoint, whole, or `re:` and a regex that Python's `match`
+holds against them. The first entry of `layers` that matches wins. An unknown key is an error that names the nearest
+known one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CONTAINERS = ("compressed-tensors",)
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be meant: an unknown key or method, a number out of range, a rule that contradicts itself."""
+    """A recipe that cannot be meant: an unknown key or method, a number out of range, rules that contradict."""
 
 
 @dataclass(frozen=True)

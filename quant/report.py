@@ -1,4 +1,4 @@
-"""Report: what a verb did, module by module, as `report.json` (schema 1) and as the model card beside the checkpoint."""
+"""Report: what a verb did, module by module, as `report.json` (schema 1) and as the model card beside it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened. status is "red" when there is a failure (wrong bytes) or a flag (a module below its SQNR), else "green".
+    """What happened. status is "red" with a failure (wrong bytes) or a flag (a module below its SQNR), else "green".
 
     bytes: source, output, quantised_before, quantised_after, copied. kept: module -> rule that left it alone.
     seconds: by phase. checks: what `verify` compared. versions: percard, torch, python.

@@ -1,7 +1,7 @@
-"""`percard verify DST --against SRC`: is what lies on disk what it should be? Reads both sides; needs no engine, no model code.
+"""`percard verify DST --against SRC`: is what lies on disk what it should be? Needs no engine and no model code.
 
-    level bytes     every expected tensor with dtype and shape, config against tensors, all that was not quantised equal to
-                    the source byte by byte, side files by sha256
+    level bytes     every expected tensor with dtype and shape, config against tensors, all that was not quantised equal
+                    to the source byte by byte, side files by sha256
     level weights   bytes, and per quantised weight: no NaN, scales above 0, SQNR against the source
 
 A wrong byte is a failure, a weight below its SQNR a flag; both make the report red. Broken files raise FormatError.
@@ -74,7 +74,7 @@ def verify(
                 failures.append(problem)
             elif not exact and (ratio or 0.0) < LEAST_SQNR[spec.weight_bits]:
                 flags.append(
-                    f"{linear.name}: SQNR {ratio or 0.0:.1f} dB, expected at least {LEAST_SQNR[spec.weight_bits]:.0f} for "
+                    f"{linear.name}: SQNR {ratio or 0.0:.1f} dB, at least {LEAST_SQNR[spec.weight_bits]:.0f} expected for "
                     f"{spec}; give it more bits in the recipe's layers, or compare with the right source"
                 )
         else:
@@ -105,7 +105,8 @@ def _specs(made: Checkpoint) -> dict[str, QuantSpec]:
     """What config.json says about each quantised module; FormatError when it says nothing."""
     if not compressed_tensors.claims(made.config):
         raise FormatError(
-            f"{made.path / 'config.json'}: no quantization_config of compressed-tensors; is {made.path} a quantised checkpoint?"
+            f"{made.path / 'config.json'}: no quantization_config of compressed-tensors; "
+            "give a checkpoint that `percard quantize` wrote"
         )
     try:
         return compressed_tensors.specs(made.config, made.names)

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are linears, which belong together, which stay as they are: by name, never by module.
 
-A `Family` is one frozen record of name patterns. From it and config.json follow every tensor that must be there, with its
-shape, so a checkpoint with a hole or a surprise is refused before work starts. No model code runs here.
+A `Family` is one frozen record of name patterns. From it and config.json follow every tensor that must be there, with
+its shape, so a checkpoint with a hole or a surprise is refused before work starts. No model code runs here.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def assign(found: Map, recipe: Recipe) -> Assignment:
         raise RecipeError("ignore leaves nothing to quantise; take rules out of it")
     if found.tied and not _keeps_head(tests):
         raise RecipeError(
-            "lm_head shares its weight with the embeddings (tie_word_embeddings) and cannot be quantised alone; add lm_head to ignore"
+            "lm_head shares its weight with the embeddings (tie_word_embeddings) and cannot be quantised alone; "
+            "add lm_head to ignore"
         )
     return Assignment(specs, kept)
 
@@ -233,8 +234,8 @@ def _refuse_split(found: Map, specs: Mapping[str, QuantSpec], kept: Mapping[str,
         mine, theirs = (str(specs.get(x.name, "left alone")) for x in (linear, other))
         if mine != theirs:
             raise RecipeError(
-                f"{other.name} ({theirs}) and {linear.name} ({mine}) are one matrix in engines and must share one spec; "
-                f"name the whole set in the rule ({kept.get(linear.name) or kept.get(other.name) or 'layers'})"
+                f"{other.name} ({theirs}) and {linear.name} ({mine}) are one matrix in engines and must share one "
+                f"spec; name the whole set in the rule ({kept.get(linear.name) or kept.get(other.name) or 'layers'})"
             )
 
 

@@ -1,8 +1,8 @@
 """Row ranges side by side: one range per thread, each on one core.
 
-torch's own threads meet at a barrier after every small operation, and on a busy machine all wait for the one that lost its
-core. A range per thread has one meeting, at its end. Results come in the order of the ranges, so that what is summed and
-written does not depend on who was faster.
+torch's own threads meet at a barrier after every small operation, and on a busy machine all wait for the one that lost
+its core. A range per thread has one meeting, at its end. Results come in the order of the ranges, so that what is summed
+and written does not depend on who was faster.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tensors_of(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor of a model of `config`, written out by hand: the names are the test's own knowledge of the families."""
+    """Every tensor of a model of `config`, by hand: the names are the test's own knowledge of the families."""
     random = torch.Generator().manual_seed(seed)
     h, f, kind = config["hidden_size"], config["intermediate_size"], config["model_type"]
     d = config["head_dim"] or h // config["num_attention_heads"]

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: no folder that looks finished is unfinished, an old output is never lost, the next run cleans up."""
+"""kill -9 at any moment: what looks finished is, an old output is never lost, the next run cleans up."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def swap_rows(tensors: dict[str, torch.Tensor]) -> None:
 FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, str]] = {
     "norm changed": (lambda t: t["model.norm.weight"].add_(1), "bytes", "model.norm.weight differs"),
     "one bit of an embedding": (
-        lambda t: t["model.embed_tokens.weight"].view(torch.int16)[95, 127:].bitwise_xor_(1), "bytes", "embed_tokens.weight differs",
+        lambda t: t["model.embed_tokens.weight"].view(torch.int16)[95, 127:].bitwise_xor_(1),
+        "bytes", "embed_tokens.weight differs",
     ),
     "tensor missing": (lambda t: t.pop("model.norm.weight"), "bytes", "model.norm.weight is missing"),
     "scale missing": (lambda t: t.pop(f"{UP}.weight_scale"), "bytes", "weight_scale is missing"),
