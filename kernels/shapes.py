@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats.layout import padded_shape, storage
 from ..formats.spec import QuantSpec
 from ..formats.tensor import QuantTensor
 
@@ -105,3 +106,20 @@ def int8_rows(case: Case, random: torch.Generator) -> tuple[torch.Tensor, torch.
     q = torch.randint(-127, 128, size, generator=random, device=random.device, dtype=torch.int8)
     scale = torch.rand(case.m, generator=random, device=random.device) * 0.03 + 0.001
     return q, scale, q.sum(1, dtype=torch.int32)
+
+
+def blank_weight(case: Case, packing: str) -> QuantTensor:
+    """A packed weight of a case without data (device "meta"), for compiling without a card."""
+    spec, (dtype, size) = QuantSpec.parse(case.spec), storage((case.n, case.k), packing)
+    columns, padded_k = padded_shape((case.n, case.k), packing)
+    groups = 1 if spec.group is None else padded_k // spec.group
+    words = packing == "planes16_w4"
+    scale = torch.empty(groups, columns, dtype=torch.int32 if words else torch.float32, device="meta")
+    zero = None if words or spec.symmetric else torch.empty(groups, columns, dtype=torch.int8, device="meta")
+    data = torch.empty(size, dtype=dtype, device="meta")
+    return QuantTensor(data, scale, zero, spec, packing, (case.n, case.k))
+
+
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of a size without data."""
+    return torch.empty(size, dtype=dtype, device="meta")

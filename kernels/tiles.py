@@ -27,12 +27,16 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Launch(NamedTuple):
-    """One kernel start: what `run` starts and what inspection.py compiles, so that they are the same thing."""
+    """One kernel start: what `run` starts and what inspection.py compiles, so that they are the same thing.
+
+    `step` is the (rows, codes) of the weight that one step of the loop multiplies, (0, 0) for a kernel without a weight.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any]
+    step: tuple[int, int] = (0, 0)
 
 
 def start(launches: Sequence[Launch], where: torch.device) -> None:
@@ -149,6 +153,21 @@ def unpack_plane8(w_packed, PLANE: tl.constexpr, USE_ASM: tl.constexpr):
 
 
 @triton.jit
+def unpack_plane8_with(w_packed, scale, PLANE: tl.constexpr, USE_ASM: tl.constexpr):
+    """As unpack_plane8; fp32 `scale` [BLOCK_N] is handed to the assembly, which does not read it.
+
+    Only a load that feeds a dot is pipelined. So the scale's load travels ahead with the codes, and lands in the shared
+    memory from which each thread takes the scales of its own rows; it costs no instruction here.
+    """
+    if USE_ASM:
+        follow = scale.to(tl.int32, bitcast=True)[:, None]
+        w = tl.inline_asm_elementwise(_plane8(PLANE), "=r,r,r,r,r,r", [w_packed, follow], tl.int8, is_pure=True, pack=4)
+    else:
+        w = unpack_plane8(w_packed, PLANE, USE_ASM)
+    return w
+
+
+@triton.jit(do_not_specialize=["M"])
 def add_slices(
     part_ptr, sx_ptr, sw_ptr, bias_ptr, y_ptr,
     M, N,

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from ..shapes import Case, activations, bias, generator, real, small, weight
+from ..inspection import Expect
+from ..shapes import Case, activations, bias, blank_weight, empty, generator, real, small, weight
+from . import contract
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -24,6 +26,7 @@ SMALL = (
     small(63, 191, 512, "w4a16-g128", FP16),
     small(65, 96, 257, "w4a16", FP16),
     small(129, 64, 128, "w4a16-g128", FP16),
+    small(129, 64, 384, "w4a16-g64-asym", BF16),
     small(1, 16, 4096, "w4a16-g128", FP16),
 )
 CASES = SMALL + real("w4a16-g128") + real("w4a16-g64", ".g64", ("qwen3-0.6b",))
@@ -33,3 +36,28 @@ def inputs(case: Case, seed: int, device: str = "cpu") -> tuple[Any, ...]:
     """The op's arguments for a case, random in `seed`; the weight is plain."""
     random = generator(case, seed, device)
     return activations(case, random), weight(case, random), bias(case, random)
+
+
+def blank(case: Case) -> tuple[Any, ...]:
+    """The flat arguments of a case without data, as the Triton body takes them."""
+    x = empty(case.m, case.k, dtype=case.dtype)
+    bias = empty(case.n) if case.bias else None
+    return contract.unwrap(x, blank_weight(case, "planes16_w4"), bias)
+
+
+EXPECT = Expect(
+    quick=(
+        Case("qwen3-8b.o.decode.b1", 1, 4096, 4096, "w4a16-g128", small=False),
+        Case("qwen3-8b.o.prefill.t4096", 4096, 4096, 4096, "w4a16-g128", small=False),
+    ),
+    specs=("w4a16-g128", "w4a16-g64", "w4a16-g32", "w4a16"),
+    dtypes=(BF16, FP16),
+    mma={"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"},
+    weight_operand={"sm_80": "registers", "sm_89": "registers", "sm_90": "registers", "sm_100": "tensor memory"},
+    ceilings={
+        "sm_80": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+        "sm_89": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+        "sm_90": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+        "sm_100": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+    },
+)

@@ -120,7 +120,7 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
         if m == 64 and not blackwell and n >= 256 * card.sms // 2:
             block_n, warps, stages = 256, 8, 3  # x costs twice the weight's bytes in L2 traffic at 128 rows
         elif m <= 32 or n >= 128 * card.sms // 2:
-            block_n, warps, stages = 128, 8 if m > 16 and blackwell else 4, 4 if m <= 16 else 3
+            block_n, warps, stages = 128, 8 if blackwell else 4, 4 if m <= 16 else 3
         else:
             block_n, warps, stages = 64, 4, 4
         split = tuning.split_k(-(-n // block_n), -(-shape.k // 128), shape, card)
@@ -188,7 +188,8 @@ def plan(
     }
     sizes = (m, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
-    launches = [Launch(matmul_w4a16_kernel, grid, (x, w, scale, bias if has_bias else scale, out, *sizes), options)]
+    args = (x, w, scale, bias if has_bias else scale, out, *sizes)
+    launches = [Launch(matmul_w4a16_kernel, grid, args, options, (config.block_n, step))]
     if split > 1:
         launches.append(add_slices_launch(out, None, None, bias, y))
     return y, launches

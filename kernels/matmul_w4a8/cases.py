@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from ..shapes import Case, bias, generator, int8_rows, real, small, weight
+from ..inspection import Expect
+from ..shapes import Case, bias, blank_weight, empty, generator, int8_rows, real, small, weight
+from . import contract
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -34,3 +36,30 @@ def inputs(case: Case, seed: int, device: str = "cpu") -> tuple[Any, ...]:
     random = generator(case, seed, device)
     xq, sx, xsum = int8_rows(case, random)
     return xq, sx, xsum, weight(case, random), bias(case, random), case.dtype
+
+
+def blank(case: Case) -> tuple[Any, ...]:
+    """The flat arguments of a case without data, as the Triton body takes them."""
+    xq, sx = empty(case.m, case.k, dtype=torch.int8), empty(case.m)
+    xsum = empty(case.m, dtype=torch.int32)
+    bias = empty(case.n) if case.bias else None
+    return contract.unwrap(xq, sx, xsum, blank_weight(case, "planes8_w4"), bias, case.dtype)
+
+
+EXPECT = Expect(
+    quick=(
+        Case("qwen3-8b.o.decode.b1", 1, 4096, 4096, "w4a8", small=False),
+        Case("qwen3-8b.o.decode.b1.g128", 1, 4096, 4096, "w4a8-g128", small=False),
+        Case("qwen3-8b.o.prefill.t4096", 4096, 4096, 4096, "w4a8", small=False),
+    ),
+    specs=("w4a8", "w4a8-g128", "w4a8-g64", "w4a8-g32"),
+    dtypes=(BF16,),
+    mma={"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA"},
+    weight_operand={"sm_80": "registers", "sm_89": "registers", "sm_90": "registers", "sm_100": "tensor memory"},
+    ceilings={
+        "sm_80": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+        "sm_89": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+        "sm_90": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+        "sm_100": {16: 9, 32: 9, 64: 9, 128: 9, 256: 9},
+    },
+)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .. import device, tuning
 from ..device import Card
-from ..tiles import FUSION, INTERPRETED, Launch, add_slices_launch, start, tile_index, unpack_plane8
+from ..tiles import FUSION, INTERPRETED, Launch, add_slices_launch, start, tile_index, unpack_plane8, unpack_plane8_with
 from . import contract
 
 OP = contract.OP
@@ -123,13 +123,13 @@ def matmul_w4a8_groups_kernel(
                 if not EVEN_K:
                     inside = inside & (step * 128 + k + offs_j < K)[:, None]
                 x = tl.load(x_ptrs + k, mask=inside, other=0, eviction_policy="evict_last")  # [PIECE, BLOCK_M]
-                if k % GROUP == 0:
-                    sw = tl.load(sw_ptrs + (k // GROUP) * N_PAD) * 0.0625  # [BLOCK_N], 1/16 for 16 q
+                if (64 * p + PIECE * h) % GROUP == 0:
+                    sw = tl.load(sw_ptrs + ((64 * p + PIECE * h) // GROUP) * N_PAD)  # [BLOCK_N]
                     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-                w = unpack_plane8(w_packed, p, USE_ASM)  # [BLOCK_N, PIECE]
+                w = unpack_plane8_with(w_packed, sw, p, USE_ASM)  # [BLOCK_N, PIECE]
                 part = tl.dot(w, x, part, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
-                if (k + PIECE) % GROUP == 0:
-                    acc = tl.fma(part.to(tl.float32), sw[:, None], acc)
+                if (64 * p + PIECE * h + PIECE) % GROUP == 0:
+                    acc = tl.fma(part.to(tl.float32), (sw * 0.0625)[:, None], acc)  # 1/16 for 16 q
         w_ptrs += 64
         x_ptrs += 128
         sw_ptrs += (128 // GROUP) * N_PAD
@@ -165,7 +165,7 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     if m <= 64:
         block_n = 128 if m <= 32 or n >= 128 * card.sms // 2 else 64
         split = tuning.split_k(-(-n // block_n), -(-shape.k // 128), shape, card)
-        return Config(block_n, max(m, 16), split, 8, 4 if m <= 32 or block_n == 64 else 8, 4)
+        return Config(block_n, max(m, 16), split, 8, 4 if m <= 16 or block_n == 64 else 8, 4)
     return Config(128, 128 if card.sm < 100 else 64, 1, 8, 8, 3)
 
 
@@ -206,7 +206,7 @@ def plan(
     partial = torch.int32 if per_row else torch.float32
     out = y if split == 1 else xq.new_empty((split, m, n), dtype=partial)
     options = {
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": bias is not None and split == 1,
         "EVEN_K": k % 128 == 0,
         "PARTIAL": split > 1,
         "USE_ASM": not INTERPRETED,
@@ -221,7 +221,8 @@ def plan(
     args = (xq, w, sx, scale, sx if bias is None else bias, out, *sizes)
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
     kernel = matmul_w4a8_rows_kernel if per_row else matmul_w4a8_groups_kernel
-    launches = [Launch(kernel, grid, args, options if per_row else {"GROUP": group, **options})]
+    options = options if per_row else {"GROUP": group, **options}
+    launches = [Launch(kernel, grid, args, options, (config.block_n, 128))]
     if split > 1:
         launches.append(add_slices_launch(out, sx, scale if per_row else None, bias, y))
     return y, launches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,21 +22,24 @@ def matmul_w8a8_kernel(
     M, N, K, N_PAD, steps_per_split,
     stride_xm, stride_wn, stride_ym,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PARTIAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RASTER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DOTS: tl.constexpr, RASTER: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = (sum_k x[m, k] * w[n, k]) * sx[m] * sw[n] + bias[n]
 
     x int8 [M, K], rows stride_xm apart; w int8 [N_PAD, stride_wn] in packing rows8; sx fp32 [M]; sw fp32 [N_PAD]; bias
     fp32 [N]; y [M, N], rows stride_ym apart. PARTIAL: y is int32 [splits, M, N], the sums of one part of K each.
 
-              x^T   [BLOCK_K, BLOCK_M]          one program: BLOCK_N rows of W, BLOCK_M tokens,
-        W  [BLOCK_N, BLOCK_K]  acc              steps_per_split steps of BLOCK_K along K
+                             x^T  [BLOCK_K, BLOCK_M]      one program: BLOCK_N rows of W, BLOCK_M tokens,
+        W  [BLOCK_N, BLOCK_K]     acc                     steps_per_split steps of BLOCK_K codes, DOTS products each
+
+    Source: the tiles after torchao's int8_mm.py and DeepGEMM; weights on the left as in the 4-bit kernels.
     """
     tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
     split = tl.program_id(1)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
+    PIECE: tl.constexpr = BLOCK_K // DOTS
+    offs_k = tl.arange(0, PIECE)
     mask_n, mask_m = offs_n < N, offs_m < M
     first = split * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_K))
@@ -46,13 +49,13 @@ def matmul_w8a8_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for step in range(first, last):
-        w = tl.load(w_ptrs, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=mask_m[None, :], other=0, eviction_policy="evict_last")  # [BLOCK_K, BLOCK_M]
-        else:
-            inside = mask_m[None, :] & (step * BLOCK_K + offs_k < K)[:, None]
-            x = tl.load(x_ptrs, mask=inside, other=0, eviction_policy="evict_last")  # [BLOCK_K, BLOCK_M]
-        acc = tl.dot(w, x, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
+        for d in tl.static_range(DOTS):
+            w = tl.load(w_ptrs + PIECE * d, eviction_policy="evict_first")  # [BLOCK_N, PIECE]
+            inside = mask_m[None, :]
+            if not EVEN_K:
+                inside = inside & (step * BLOCK_K + PIECE * d + offs_k < K)[:, None]
+            x = tl.load(x_ptrs + PIECE * d, mask=inside, other=0, eviction_policy="evict_last")  # [PIECE, BLOCK_M]
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
@@ -71,11 +74,12 @@ def matmul_w8a8_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of y^T, step along K, parts of K, rows of W tiles that share x in L2, warps, stages of the pipeline."""
+    """Tile of y^T, step along K and products per step, parts of K, rows of W tiles that share x in L2, warps, stages."""
 
     block_n: int
     block_m: int
     block_k: int
+    dots: int
     split_k: int
     raster: int
     num_warps: int
@@ -83,29 +87,30 @@ class Config:
 
 
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
-    """Narrow tiles and split K while the weight's bytes are all that counts, wide tiles when x is read many times."""
-    m, n = shape.m, shape.n
-    shared = card.shared_bytes
+    """Narrow tiles and split K while the weight's bytes are all that counts, wide tiles when x is read many times.
 
-    def stages(block_n: int, block_m: int, block_k: int, most: int) -> int:
-        return max(2, min(most, (shared - 4096) // ((block_n + block_m) * block_k)))
+    Two products per step but on sm_90: with one, Triton 3.9 carries the operands of mma.sync from step to step byte by
+    byte and spends six instructions on every weight. 128 x 256 on sm_90 only: elsewhere mma.sync (on sm_100 that of
+    Triton 3.6, which has no int8 tcgen05) would spill.
+    """
+    m, n, dots = shape.m, shape.n, 1 if card.sm == 90 else 2
+
+    def config(block_n: int, block_m: int, split: int, warps: int, most_stages: int) -> Config:
+        buffers = (card.shared_bytes - 4096) // ((block_n + block_m) * 128)
+        stages = max(2, min(most_stages, buffers if card.sm >= 90 else buffers + 1))
+        return Config(block_n, block_m, 128, dots, split, 8, warps, stages)
 
     if m <= 64:
-        block_m = max(m, 16)
         block_n = 128 if m <= 32 or n >= 128 * card.sms else 64
-        tiles, steps = -(-n // block_n), -(-shape.k // 128)
-        split = tuning.split_k(tiles, steps, shape, card)
-        return Config(block_n, block_m, 128, split, 8, 4, stages(block_n, block_m, 128, 5))
+        split = tuning.split_k(-(-n // block_n), -(-shape.k // 128), shape, card)
+        return config(block_n, max(m, 16), split, 4, 5)
 
-    def tiles(block_n: int, block_m: int) -> int:
-        return -(-n // block_n) * -(-m // block_m)
+    def fills_card(block_n: int, block_m: int) -> bool:
+        return -(-n // block_n) * -(-m // block_m) >= card.sms
 
-    wide = 256 if card.sm >= 90 else 128  # mma.sync keeps both operands in registers: 128 x 256 would spill
-    if m > 128 and tiles(128, wide) >= card.sms:
-        return Config(128, wide, 128, 1, 8, 8, stages(128, wide, 128, 3))
-    if tiles(128, 128) >= card.sms:
-        return Config(128, 128, 128, 1, 8, 8, stages(128, 128, 128, 4))
-    return Config(64, 128, 128, 1, 8, 4, stages(64, 128, 128, 4))
+    if card.sm == 90 and m > 128 and fills_card(128, 256):
+        return config(128, 256, 1, 8, 3)
+    return config(128, 128, 1, 8, 4) if fills_card(128, 128) else config(64, 128, 1, 4, 4)
 
 
 @functools.cache
@@ -141,14 +146,23 @@ def plan(
         raise ValueError(f"matmul_w8a8: block_k is {config.block_k}, expected a divisor of the padded K = {k_pad}")
     y = contract.out_like(xq, sx, w, scale, bias, n, k, packing, out_dtype)
     out = y if split == 1 else xq.new_empty((split, m, n), dtype=torch.int32)
-    options = {key.upper(): value for key, value in asdict(config).items() if key.startswith("block")}
-    options |= {"RASTER": config.raster, "HAS_BIAS": bias is not None, "EVEN_K": k % config.block_k == 0}
-    options |= {"PARTIAL": split > 1, "num_warps": config.num_warps, "num_stages": config.num_stages}
-    options["enable_fp_fusion"] = FUSION
+    options = {
+        "HAS_BIAS": bias is not None and split == 1,
+        "EVEN_K": k % config.block_k == 0,
+        "PARTIAL": split > 1,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "DOTS": config.dots,
+        "RASTER": config.raster,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": FUSION,
+    }
     sizes = (m, n, k, n_pad, each, xq.stride(0), w.stride(0), out.stride(-2))
     args = (xq, w, sx, scale, sx if bias is None else bias, out, *sizes)
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
-    launches = [Launch(matmul_w8a8_kernel, grid, args, options)]
+    launches = [Launch(matmul_w8a8_kernel, grid, args, options, (config.block_n, config.block_k))]
     if split > 1:
         launches.append(add_slices_launch(out, sx, scale, bias, y))
     return y, launches

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..shapes import DECODE, LAYERS, PREFILL, Case, activations, generator, small
+from ..inspection import Expect
+from ..shapes import DECODE, LAYERS, PREFILL, Case, activations, empty, generator, small
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -30,3 +33,18 @@ CASES = SMALL + REAL
 def inputs(case: Case, seed: int, device: str = "cpu") -> tuple[torch.Tensor]:
     """The op's arguments for a case, random in `seed`."""
     return (activations(case, generator(case, seed, device)),)
+
+
+def blank(case: Case) -> tuple[Any, ...]:
+    """The flat arguments of a case without data, as the Triton body takes them."""
+    return (empty(case.m, case.k, dtype=case.dtype),)
+
+
+EXPECT = Expect(
+    quick=(Case("qwen3-8b.k4096.decode.b1", 1, 0, 4096, "", small=False),),
+    specs=("",),
+    dtypes=(BF16, FP16, FP32),
+    mma={"sm_80": "", "sm_89": "", "sm_90": "", "sm_100": ""},
+    weight_operand={"sm_80": "none", "sm_89": "none", "sm_90": "none", "sm_100": "none"},
+    ceilings={"sm_80": {}, "sm_89": {}, "sm_90": {}, "sm_100": {}},
+)

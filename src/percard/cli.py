@@ -76,6 +76,9 @@ INSPECT_HELP = """Compile the Triton kernels for other cards, without a card: re
 \b
   percard inspect --arch sm_80,sm_90
   percard inspect matmul_w4a16 --arch sm_90 --json
+  percard inspect --all                     every kernel that the heuristics choose for real layers: minutes
+
+Exit code 4 when the machine code is not as the op's cases.py expects: spills, another MMA, too many instructions.
 """
 
 DOCTOR_HELP = """What this machine is, which body of each op serves here, and why the others refuse."""
@@ -240,12 +243,22 @@ def doctor(as_json: AsJson = False) -> None:
 def inspect_kernels(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops; all by default.")] = None,
     arch: Annotated[str, typer.Option(help="Architectures, with commas.")] = "sm_80,sm_89,sm_90,sm_100",
+    everything: Annotated[bool, typer.Option("--all", help="All kernels of real layers, not only the typical.")] = False,
+    other_triton: Annotated[
+        Path | None, typer.Option("--triton", help="Folder with another Triton: pip install --target FOLDER triton==3.6.0")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     from .kernels import inspection
 
-    rows = inspection.run(ops or None, arch.split(","))
-    console.emit_json(rows) if as_json else console.show(inspection.table(rows))
+    at = None if other_triton is None else str(other_triton.resolve(strict=True))
+    rows = inspection.inspect(ops or None, arch.split(","), everything=everything, triton_at=at)
+    console.emit_json(rows) if as_json else console.show_kernels(rows)
+    wrong = inspection.faults(rows)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        raise typer.Exit(console.GATE_RED)
 
 
 @app.command(help=DEMO_HELP, short_help="The whole road on a small model, in one table.")

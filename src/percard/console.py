@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,20 @@ def show(part: RenderableType) -> None:
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     screen.print(part, markup=not isinstance(part, str), soft_wrap=isinstance(part, str) and not sys.stdout.isatty())
+
+
+def show_kernels(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of kernels/inspection.py, a line of figures under the name of each kernel."""
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        mine = [row for row in rows if row["arch"] == arch]
+        show(f"\n{arch}, Triton {mine[0]['triton']}")
+        for row in mine:
+            per_weight = row["instructions_per_weight"]
+            figures = [f"{row['registers']} registers", f"{row['spilled_bytes']} bytes spilled"]
+            figures.append(f"{row['shared_bytes']} bytes shared")
+            if row["mma"]:
+                figures += [row["mma"], f"weight from {row['weight_operand']}", f"{per_weight} instructions per weight"]
+            show(f"  {row['config']}\n      {', '.join(figures)}")
 
 
 @contextmanager
