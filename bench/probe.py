@@ -6,6 +6,7 @@ machine (bf16 where there are bf16 units, fp32 on an AVX2 CPU for prefill), so i
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.spec import QuantSpec
+from ..kernels.linear import linear
 from . import clock
 from .engine import rope
 from .engine.cache import Cache
 from .engine.config import Config
-from .engine.model import block, causal, step_into
+from .engine.model import block, causal, one_row_linear, step_into
 from .engine.weights import SyntheticSource, copied, one_block
 
 PHASES = ("prefill", "decode")
@@ -27,10 +29,14 @@ FLOATS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 @dataclass(frozen=True)
 class Probe:
-    """Seconds of one decoder block by phase and dtype; `failed` says why a dtype has none. Decode is one token."""
+    """Seconds of one decoder block by phase and dtype; `failed` says why a dtype has none. Decode is one token.
+
+    `mv` are the dtypes whose decode was faster through torch.mv; their seconds are those of torch.mv.
+    """
 
     seconds: dict[str, dict[torch.dtype, float]]
     failed: dict[torch.dtype, str]
+    mv: frozenset[torch.dtype] = frozenset()
 
     def fastest(self, phase: str) -> torch.dtype:
         """The dtype with the least time. RuntimeError when no dtype ran."""
@@ -42,7 +48,8 @@ class Probe:
     def words(self, phase: str) -> str:
         """The times in ms, fastest first: "bf16 2.31 ms, fp32 3.90 ms"."""
         found = sorted(self.seconds[phase].items(), key=lambda item: item[1])
-        return ", ".join(f"{FLOATS[dtype]} {seconds * 1e3:.2f} ms" for dtype, seconds in found)
+        through = self.mv if phase == "decode" else frozenset()
+        return ", ".join(f"{FLOATS[d]}{' mv' if d in through else ''} {seconds * 1e3:.2f} ms" for d, seconds in found)
 
 
 def probe(
@@ -59,17 +66,22 @@ def probe(
     """Times one block of random weights at the true shape: `prompt` tokens at once, and one token at that depth.
 
     The same weights in each dtype, quantised to `spec` first (None = as they are). A dtype that torch cannot run is
-    left out with its reason.
+    left out with its reason. On a CPU a float decode of one sequence is tried through torch.mv as well.
     """
     seconds: dict[str, dict[torch.dtype, float]] = {phase: {} for phase in PHASES}
     failed: dict[torch.dtype, str] = {}
+    mv = set()
     for dtype in dtypes:
         try:
-            for phase, taken in _one(config, spec, dtype, device, prompt, batch, impl, now).items():
-                seconds[phase][dtype] = taken
+            taken = _one(config, spec, dtype, device, prompt, batch, impl, now)
         except (RuntimeError, NotImplementedError) as error:
             failed[dtype] = f"{FLOATS[dtype]}: {str(error).splitlines()[0]}"
-    return Probe(seconds, failed)
+            continue
+        seconds["prefill"][dtype], seconds["decode"][dtype] = taken["prefill"], taken["decode"]
+        if taken.get("mv", float("inf")) < taken["decode"]:
+            seconds["decode"][dtype] = taken["mv"]
+            mv.add(dtype)
+    return Probe(seconds, failed, frozenset(mv))
 
 
 @torch.inference_mode()
@@ -93,14 +105,21 @@ def _one(
     cache.rewind(prompt)
 
     def prefill() -> None:
-        block(x.clone(), weights, config, 0, cos[:prompt], sin[:prompt], causal, impl)
+        block(x.clone(), weights, config, 0, cos[:prompt], sin[:prompt], causal, functools.partial(linear, impl=impl))
 
-    def decode() -> None:
+    def decode(matmul: Callable[..., torch.Tensor]) -> None:
         token = x[:, -1:].clone()
         for layer in layers:
-            token = block(token, layer, config, 0, cos[prompt:], sin[prompt:], step_into(cache, device), impl)
+            attend = step_into(cache, device)
+            token = block(
+                token, layer, config, 0, cos[prompt:], sin[prompt:], attend, functools.partial(matmul, impl=impl)
+            )
 
-    return {"prefill": _best(prefill, device, now), "decode": _best(decode, device, now) / copies}
+    found = {"prefill": _best(prefill, device, now)}
+    found["decode"] = _best(lambda: decode(linear), device, now) / copies
+    if spec is None and batch == 1 and device.type == "cpu":
+        found["mv"] = _best(lambda: decode(one_row_linear), device, now) / copies
+    return found
 
 
 def _best(function: Callable[[], None], device: torch.device, now: Callable[[], float]) -> float:

@@ -65,7 +65,8 @@ def _row(group: Mapping[tuple[str, str], Record]) -> Row:
     heads = [head for _, head in group]
     head = "int8-row" if "int8-row" in heads else heads[0]
     phases = {phase: group.get((phase, head)) for phase in ("prefill", "decode")}
-    first = next(record for record in phases.values() if record is not None)
+    # Of the two phases decode says the size and the kernel: a prefill in another float type holds a second copy.
+    first = next(record for record in reversed(phases.values()) if record is not None)
     specs = list(dict.fromkeys(r.scheme["spec"] for r in phases.values() if r is not None))
     quality, model, notes = first.quality or {}, first.model, list(first.scheme.get("notes") or ())
     if len(specs) > 1:

@@ -6,6 +6,7 @@ a QuantTensor) and in nothing else. Shapes: B batch, T new tokens, S cached leng
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,11 +22,28 @@ from .cache import Cache
 from .config import Config
 from .rope import rotate
 from .sampling import Sampler
-from .weights import Block, Weights
+from .weights import Block, Weight, Weights
 
 HEADS = ("16bit", "int8-row")
 # (q [B,T,H,D], k [B,T,kv_heads,D], v, layer) -> [B,T,H*D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+# (x [..., K], weight [N, K], bias [N] or None) -> [..., N]
+Matmul = Callable[..., torch.Tensor]
+
+
+def one_row_linear(
+    x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None, *, impl: str | None = None
+) -> torch.Tensor:
+    """`linear`, but a single row times a 16-bit or fp32 weight is torch.mv.
+
+    On some CPUs torch's bf16 matmul is up to twice as slow as its matrix-vector product. The probe of `bench model`
+    finds out, so that the 16-bit side of a decode gets whichever is faster there.
+    """
+    if isinstance(w, QuantTensor) or x.numel() != x.shape[-1]:
+        return linear(x, w, bias, impl=impl)
+    y = torch.mv(w, x.reshape(-1))
+    return (y if bias is None else y + bias).view(*x.shape[:-1], w.shape[0])
 
 
 def block(
@@ -36,23 +54,23 @@ def block(
     cos: torch.Tensor,
     sin: torch.Tensor,
     attend: Attend,
-    impl: str | None = None,
+    matmul: Matmul = linear,
 ) -> torch.Tensor:
-    """One decoder block, x [B, T, hidden] -> the same shape (x itself, changed in place). `impl` as in `linear`."""
+    """One decoder block, x [B, T, hidden] -> the same shape (x itself, changed in place)."""
     batch, new, _ = x.shape
     qk_heads, eps = config.heads + config.kv_heads, config.norm_eps
-    qkv = linear(F.rms_norm(x, (config.hidden,), b.input_norm, eps), b.qkv, b.qkv_bias, impl=impl)
+    qkv = matmul(F.rms_norm(x, (config.hidden,), b.input_norm, eps), b.qkv, b.qkv_bias)
     qkv = qkv.view(batch, new, qk_heads + config.kv_heads, config.head_dim)
     qk, v = qkv[:, :, :qk_heads], qkv[:, :, qk_heads:]
     if b.qk_norm is not None:
         qk = F.rms_norm(qk, (config.head_dim,), None, eps) * b.qk_norm
     qk = rotate(qk, cos, sin)
     mixed = attend(qk[:, :, : config.heads], qk[:, :, config.heads :], v, layer)
-    x += linear(mixed, b.o, b.o_bias, impl=impl)
+    x += matmul(mixed, b.o, b.o_bias)
 
-    gate_up = linear(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.gate_up, b.gate_up_bias, impl=impl)
+    gate_up = matmul(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.gate_up, b.gate_up_bias)
     gate, up = gate_up[..., : config.ffn], gate_up[..., config.ffn :]
-    x += linear(F.silu(gate).mul_(up), b.down, b.down_bias, impl=impl)
+    x += matmul(F.silu(gate).mul_(up), b.down, b.down_bias)
     return x
 
 
@@ -108,7 +126,7 @@ class Model:
 
     `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
     `seed` is what synthetic weights were drawn with, None = they are real; `cos` and `sin` are rope tables
-    [max_len, 1, D].
+    [max_len, 1, D]; `mv` sends single rows through torch.mv (`one_row_linear`).
     """
 
     config: Config
@@ -122,6 +140,7 @@ class Model:
     seed: int | None
     cos: torch.Tensor
     sin: torch.Tensor
+    mv: bool = False
 
     def with_head_of(self, other: Model) -> Model:
         """The same blocks with the very head of `other`, so that two sides of a comparison hold it once."""
@@ -159,11 +178,19 @@ class Model:
         return 2 * self.config.layers * self.config.kv_size * self.dtype.itemsize
 
     @property
+    def matmul(self) -> Matmul:
+        """The product of activations and a weight of this model."""
+        return functools.partial(one_row_linear if self.mv else linear, impl=self.impl)
+
+    @property
     def kernel(self) -> str:
-        """The ops that serve the linears and the body of each: "quantize_rows.cpu + matmul_w8a8.cpu", or "torch"."""
+        """The ops that serve the linears and the body of each: "quantize_rows.cpu + matmul_w8a8.cpu", or "torch".
+
+        "torch mv" when single rows take torch.mv.
+        """
         held = self.weights.blocks[0].qkv
         if not isinstance(held, QuantTensor):
-            return "torch" if self.spec is None else "torch, dequantised"
+            return "torch" + (" mv" if self.mv else "") + (", dequantised" if self.spec else "")
         return " + ".join(f"{op.name}.{op.body_on(self.device.type, self.impl).name}" for op in ops_of(held.spec))
 
     @property
@@ -201,7 +228,7 @@ class Model:
     @torch.inference_mode()
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits [..., V] of hidden states [..., hidden]."""
-        return linear(hidden, self.weights.head, impl=self.impl).float()
+        return self.matmul(hidden, self.weights.head).float()
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
@@ -294,5 +321,5 @@ class Model:
             cos, sin = self.cos[at, None], self.sin[at, None]  # [B, 1, 1, D]
         x = F.embedding(ids.to(self.device), self.weights.embedding)
         for layer, weights in enumerate(self.weights.blocks):
-            x = block(x, weights, self.config, layer, cos, sin, attend, self.impl)
+            x = block(x, weights, self.config, layer, cos, sin, attend, self.matmul)
         return F.rms_norm(x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -170,3 +172,13 @@ def test_a_captured_decode_loop_equals_steps(checkpoint):
     out.zero_()
     replay()
     assert torch.equal(out, torch.stack(expected))
+
+
+def test_single_rows_through_mv_are_the_same(checkpoint):
+    for kind in ("qwen2", "llama3-rope"):
+        plain = load(checkpoint(kind), device="cpu")
+        other = replace(plain, mv=True)
+        assert other.generate([[5, 9, 17]], 16, stop=()) == plain.generate([[5, 9, 17]], 16, stop=())
+        assert other.kernel == "torch mv" and plain.kernel == "torch"
+        hidden = plain.hidden(torch.tensor([[5, 9, 17]]))[:, -1:]
+        assert torch.allclose(other.head_logits(hidden), plain.head_logits(hidden), atol=1e-4)

@@ -200,6 +200,7 @@ def test_layers_are_cut_to_a_budget():
 def test_the_probe_names_the_fastest_and_what_failed(shape, monkeypatch):
     found = Probe({"prefill": {torch.float32: 2.0, torch.bfloat16: 3.0}, "decode": {torch.bfloat16: 0.5}}, {})
     assert found.fastest("prefill") == torch.float32 and found.words("prefill") == "fp32 2000.00 ms, bf16 3000.00 ms"
+    assert Probe(found.seconds, {}, frozenset([torch.bfloat16])).words("decode") == "bf16 mv 500.00 ms"
     real = probe_module._one
 
     def one(config, spec, dtype, *rest):

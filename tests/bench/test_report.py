@@ -65,7 +65,8 @@ def test_a_later_record_replaces_an_earlier_one(records):
 
 
 def test_phases_in_unlike_float_types_are_said(records):
-    base = report.rows([row("fp32", "prefill", 1.0), row("bf16", "decode", 1.0)])[0]
+    base = report.rows([row("fp32", "prefill", 1.0, memory={"weights": 2_000_000}), row("bf16", "decode", 1.0)])[0]
+    assert base.size_bytes == 1_000_000
     assert base.spec == "fp32/bf16" and base.notes == ("prefill in fp32, decode in bf16",)
 
 
