@@ -32,9 +32,14 @@ class Rival:
 
 
 def floats(device: torch.device, x: torch.Tensor) -> tuple[Rival, ...]:
-    """torch's own matmul: in the type of x on a card, in each float type on a CPU (the fastest is the baseline)."""
-    types = (x.dtype,) if device.type == "cuda" else (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(_float(dtype) for dtype in types)
+    """torch's own matmul: in the type of x on a card, in each float type on a CPU (the fastest is the baseline).
+
+    On a CPU a single row also goes through torch.mv, which is faster there than F.linear for some types.
+    """
+    if device.type == "cuda":
+        return (_float(x.dtype),)
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(_float(dtype) for dtype in types) + tuple(_row(dtype) for dtype in types if x.shape[0] == 1)
 
 
 def _float(dtype: torch.dtype) -> Rival:
@@ -43,6 +48,14 @@ def _float(dtype: torch.dtype) -> Rival:
         return lambda: F.linear(rows, dense)
 
     return Rival(f"torch {str(dtype).removeprefix('torch.')}", 8.0 * dtype.itemsize, lambda x, w: None, make)
+
+
+def _row(dtype: torch.dtype) -> Rival:
+    def make(x: torch.Tensor, w: QuantTensor) -> Call:
+        dense, row = affine.dequantize(w, dtype), x[0].to(dtype)
+        return lambda: torch.mv(dense, row)[None]
+
+    return Rival(f"torch {str(dtype).removeprefix('torch.')} mv", 8.0 * dtype.itemsize, lambda x, w: None, make)
 
 
 def _int_mm_absent(x: torch.Tensor, w: QuantTensor) -> str | None:
