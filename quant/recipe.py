@@ -35,6 +35,7 @@ from .progress import Callback, Progress
 __all__ = ["Callback", "Progress", "Recipe", "RecipeError", "Serve", "Step", "compiled"]
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 16
 VERIFY_LEVELS = ("none", "bytes", "weights")
 CONTAINERS = ("compressed-tensors",)
 
@@ -139,17 +140,10 @@ class Recipe:
         if len(text.encode()) > MAX_BYTES:
             raise RecipeError(f"a recipe has at most {MAX_BYTES} bytes")
         try:
-            # Aliases could make a few bytes into gigabytes, and a recipe has no use for them.
-            for event in yaml.parse(text, Loader=yaml.SafeLoader):
-                if isinstance(event, yaml.AliasEvent):
-                    raise RecipeError(
-                        f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read; write it out"
-                    )
+            _refuse_tricks(text)
             tree = yaml.load(text, Loader=_UniqueKeys)
         except yaml.YAMLError as error:
             raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from None
-        except RecursionError:
-            raise RecipeError("not a recipe: nested too deep") from None
         return _from_tree(tree)
 
     @classmethod
@@ -223,6 +217,18 @@ def compiled(pattern: str, where: str = "pattern") -> Callable[[str], bool]:
     except re.error as error:
         raise RecipeError(f"{where}: {pattern!r} is not a regex ({error})") from None
     return lambda name: regex.match(name) is not None
+
+
+def _refuse_tricks(text: str) -> None:
+    """Aliases could make a few bytes into gigabytes, deep nesting seconds into hours; a recipe needs neither."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError(f"line {line}: aliases (*{event.anchor}) are not read; write it out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise RecipeError(f"line {line}: nested deeper than {MAX_DEPTH}; this is no recipe")
 
 
 class _UniqueKeys(yaml.SafeLoader):

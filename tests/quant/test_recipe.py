@@ -94,7 +94,7 @@ def quantize(inside: str) -> str:
         ("a: &x [1]\nb: *x", "aliases (*x) are not read"),
         ("a: !!python/object/apply:os.system ['true']", "not YAML"),
         ("? [1, 2]\n: 3", "a key must be a word"),
-        ("[" * 5000, "not"),
+        ("[" * 5000, "nested deeper than 16"),
     ],
 )
 def test_mistakes_are_named(text: str, says: str) -> None:
