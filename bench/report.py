@@ -202,7 +202,7 @@ def table(found: Sequence[Row], heading: str = "") -> Table:
         title=heading or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for index, name in enumerate(_HEADER):
-words = index in (0, 1, len(_HEADER) - 1)
+        words = index in (0, 1, len(_HEADER) - 1)
         drawn.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=words)
     for row in found:
         values = list(cells(row))
