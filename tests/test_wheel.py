@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(command: list[str | Path], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET")}
-    return subprocess.run([str(c) for c in command], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,8 @@ def test_it_imports_and_examines_the_machine_from(place: str, python: Path, clon
 
 def test_hugging_faces_package_named_kernels_is_not_shadowed_at_the_repository_root(python: Path, clone: Path) -> None:
     """Serving stacks import a package `kernels`; our folder of that name must not stand in for it as a real package."""
-    code = "import importlib.util as u; print([u.find_spec(n) and u.find_spec(n).origin for n in ('kernels', 'formats')])"
+    code = (
+        "import importlib.util as u; print([u.find_spec(n) and u.find_spec(n).origin for n in ('kernels', 'formats')])"
+    )
     told = run([python, "-c", code], clone)
     assert told.stdout.strip() == "[None, None]"  # namespace portions at most: any installed package wins over them

@@ -38,7 +38,19 @@ if TYPE_CHECKING:
 load = engine.load
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights that are not read, so that a hub download does not fetch them.
-_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "onnx/*"]
+_NOT_FETCHED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "*.ot",
+    "original/*",
+    "onnx/*",
+]
 
 
 def source(name: str | Path) -> Path:
@@ -84,7 +96,9 @@ def recipe(
             raise RecipeError(f"--spec {spec} and --recipe {file} both say what to do; keep one")
         return Recipe.load(file)
     if spec is None:
-        raise RecipeError("--spec is missing; say one, such as w4a16-g128 or w8a8 (there is no default), or --recipe FILE")
+        raise RecipeError(
+            "--spec is missing; say one, such as w4a16-g128 or w8a8 (there is no default), or --recipe FILE"
+        )
     return Recipe.from_flags(spec=spec, method=method, calibration=calibration)
 
 
@@ -131,7 +145,9 @@ class Verdict:
         lines = show_report(self.report)
         if self.quality is not None:
             q = self.quality
-            lines.append(f"KL {q.kl:.5f}   top-1 {q.top1:.2%}   perplexity {q.perplexity:.3f} (source {q.perplexity_reference:.3f})")
+            lines.append(
+                f"KL {q.kl:.5f}   top-1 {q.top1:.2%}   perplexity {q.perplexity:.3f} (source {q.perplexity_reference:.3f})"
+            )
             lines.append(q.protocol)
             lines.append(_verdict("gate", self.gate, "; ".join(self.reasons)))
         return lines
@@ -273,7 +289,7 @@ def show_records(records: Sequence[Record]) -> list[RenderableType]:
 
 
 SPECS = ("w8a8", "w4a16-g64", "w4a8-g64")
-PROMPT = 'def mean(values):\n    """Return the arithmetic mean of a list of numbers."""\n'
+PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):"
 EXAMPLE = Path("examples/tiny-qwen3")
 # Seconds that the timed rounds may take on a CPU; the rest of the eight minutes is for loading and for the other steps.
 BUDGET_S = 200.0
@@ -316,7 +332,9 @@ def demo(
 
     folder, origin = Path(out), Path(model) if model is not None else EXAMPLE
     if not (origin / "config.json").is_file():
-        raise FormatError(f"{origin}: no checkpoint there; run the demo in a checkout of percard, or give --model FOLDER")
+        raise FormatError(
+            f"{origin}: no checkpoint there; run the demo in a checkout of percard, or give --model FOLDER"
+        )
     held_out = Path(text) if text is not None else origin / "heldout.txt"
 
     say(_title(1, "This machine"))
@@ -372,7 +390,7 @@ def _title(number: int, words: str) -> Text:
 def _side_by_side(answers: Mapping[str, Completion]) -> RenderableType:
     from rich.table import Table
 
-    table = Table(title=Text(f"Greedy, from: {PROMPT.splitlines()[0]}"), title_justify="left", pad_edge=False, width=120)
+    table = Table(title=Text(f"Greedy, from:\n{PROMPT}"), title_justify="left", pad_edge=False, width=120)
     for name in answers:
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*(Text(answer.text.rstrip()) for answer in answers.values()))

@@ -9,6 +9,7 @@ import pkgutil
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,26 +199,30 @@ def _weight(spec: QuantSpec, packing: str | None) -> QuantTensor:
 
 def _advice(machine: dict[str, Any], rows: list[Row]) -> list[str]:
     lines = []
-    unserved = sorted({f"{r.op} on {r.device}" for r in rows} - {f"{r.op} on {r.device}" for r in rows if r.state == SERVES})
+    unserved = sorted(
+        {f"{r.op} on {r.device}" for r in rows} - {f"{r.op} on {r.device}" for r in rows if r.state == SERVES}
+    )
     if unserved:
         lines.append(f"Nothing serves {', '.join(unserved)}; the reasons stand in the table.")
     if machine["cpp_isa"] is None:
         lines.append("Without the C++ module a CPU only has the references; install percard where a C++17 compiler is.")
     if machine["card"] is None:
-        build = "has no CUDA in it" if machine["cuda_build"] is None else "sees no CUDA card; nvidia-smi says whether the driver does"
+        build = (
+            "has no CUDA in it"
+            if machine["cuda_build"] is None
+            else "sees no CUDA card; nvidia-smi says whether the driver does"
+        )
         lines.append(f"No card: torch {torch.__version__} {build}. The CPU bodies serve.")
     return lines
 
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory_gb() -> float | None:

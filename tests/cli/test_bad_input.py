@@ -108,7 +108,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_source_gets_one_line_and_leaves_nothing(name: str, broken: Path, tmp_path: Path, percard: Run) -> None:
+def test_a_broken_source_gets_one_line_and_leaves_nothing(
+    name: str, broken: Path, tmp_path: Path, percard: Run
+) -> None:
     spoil, words = BROKEN[name]
     spoil(broken)
     before = sorted(tmp_path.rglob("*"))
@@ -141,7 +143,9 @@ def test_an_unknown_spec_is_named(spec: str, checkpoint: Path, tmp_path: Path, p
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_recipe_key_names_the_file_and_the_nearest_key(checkpoint: Path, tmp_path: Path, percard: Run) -> None:
+def test_an_unknown_recipe_key_names_the_file_and_the_nearest_key(
+    checkpoint: Path, tmp_path: Path, percard: Run
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("stages:\n- quantize: {spec: w8a8, layerz: {}}\n")
     ran = percard("quantize", checkpoint, "--recipe", recipe, "--out", tmp_path / "out")

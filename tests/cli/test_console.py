@@ -68,7 +68,9 @@ def test_a_traceback_only_when_asked_for(capsys: pytest.CaptureFixture[str], mon
 
 
 def _events() -> list[Progress]:
-    return [Progress("quantize", n, 100_000_000, "bytes", f"layer {n}", 75.4) for n in (1_000_000, 50_000_000, 100_000_000)]
+    return [
+        Progress("quantize", n, 100_000_000, "bytes", f"layer {n}", 75.4) for n in (1_000_000, 50_000_000, 100_000_000)
+    ]
 
 
 def test_plain_progress_is_one_line_per_interval_and_phase(

@@ -43,7 +43,9 @@ def test_quantize_says_what_it_did_and_leaves_a_checkpoint(checkpoint: Path, tmp
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
 
 
-def test_quantize_json_is_the_report_on_stdout_and_events_on_stderr(checkpoint: Path, tmp_path: Path, percard: Run) -> None:
+def test_quantize_json_is_the_report_on_stdout_and_events_on_stderr(
+    checkpoint: Path, tmp_path: Path, percard: Run
+) -> None:
     ran = percard("quantize", checkpoint, "--spec", "w8a8", "--out", tmp_path / "out", "--json")
     report = json.loads(ran.out)
     assert ran.code == 0 and report["status"] == "green" and len(report["modules"]) == 14
@@ -177,7 +179,7 @@ def test_interrupted_exits_130_with_one_line_and_leaves_nothing(number: int, che
     assert process.stdout is not None and process.stdout.readline() == "at work\n"
     time.sleep(0.1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert [line for line in err.splitlines() if line.strip()] == err.strip().splitlines()[-1:]
     assert "interrupted" in err
