@@ -26,6 +26,22 @@ PERCARD_INLINE void store_part(void* p, int64_t at, int dtype, F32 x, int64_t co
     for (int64_t i = 0; i < count; ++i) store_float(p, at + i, dtype, lanes[i]);
 }
 
+// 16 numbers of type `dtype` from index `at` on, 0 past the first `count`.
+PERCARD_INLINE F32 load_part_as(const void* p, int64_t at, int dtype, int64_t count) {
+    if (count >= 16) return load_as_f32(p, at, dtype);
+    float lanes[16] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = load_float(p, at + i, dtype);
+    return load_f32(lanes);
+}
+
+// The largest of 16 lanes, and 0.
+PERCARD_INLINE float largest(F32 x) {
+    float lanes[16], most = 0.0f;
+    store_f32(lanes, x);
+    for (float lane : lanes) most = lane > most ? lane : most;
+    return most;
+}
+
 // Loads the first `count` of 16 floats, 0 for the rest.
 PERCARD_INLINE F32 load_part(const float* p, int64_t count) {
     if (count >= 16) return load_f32(p);

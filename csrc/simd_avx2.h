@@ -98,12 +98,23 @@ PERCARD_INLINE void store_i8(int8_t* p, I32 x) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+PERCARD_INLINE I32 load_i8(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+}
 PERCARD_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-template <int kShift>
-PERCARD_INLINE F32 code_f32(I32 line, I32 from) {
-    return to_f32(sub(bit_and(shift_right<kShift>(line), set_i32(15)), from));
-}
+template <bool kZero>
+struct Codes {
+    I32 from = set_i32(8);
+    explicit Codes(const int8_t* zero) {
+        if (kZero) from = add(from, load_i8(zero));
+    }
+    template <int kShift>
+    PERCARD_INLINE_MEMBER F32 at(I32 line) const {
+        return to_f32(sub(bit_and(shift_right<kShift>(line), set_i32(15)), from));
+    }
+};
 
 PERCARD_INLINE Bytes load_bytes(const void* p) { return load_i32(p); }
 PERCARD_INLINE Bytes low_nibbles(Bytes x) { return bit_and(x, set_i32(0x0f0f0f0f)); }

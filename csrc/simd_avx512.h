@@ -67,12 +67,25 @@ PERCARD_INLINE void store_as(void* p, int64_t at, int dtype, F32 x) {
 PERCARD_INLINE void store_i8(int8_t* p, I32 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
+PERCARD_INLINE I32 load_i8(const int8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 PERCARD_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-template <int kShift>
-PERCARD_INLINE F32 code_f32(I32 line, I32 from) {
-    return to_f32(sub(bit_and(shift_right<kShift>(line), set_i32(15)), from));
-}
+// A table look-up takes the low 4 bits of a lane and gives code - 8 at once.
+template <bool kZero>
+struct Codes {
+    __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    F32 zero = {};
+    explicit Codes(const int8_t* p) {
+        if (kZero) zero = to_f32(load_i8(p));
+    }
+    template <int kShift>
+    PERCARD_INLINE_MEMBER F32 at(I32 line) const {
+        const F32 code = {_mm512_permutexvar_ps(shift_right<kShift>(line).v, table)};
+        return kZero ? sub(code, zero) : code;
+    }
+};
 
 PERCARD_INLINE Bytes load_bytes(const void* p) { return load_i32(p); }
 PERCARD_INLINE Bytes low_nibbles(Bytes x) { return bit_and(x, set_i32(0x0f0f0f0f)); }

@@ -74,13 +74,22 @@ PERCARD_INLINE void store_as(void* p, int64_t at, int dtype, F32 a) {
 PERCARD_INLINE void store_i8(int8_t* p, I32 a) {  // lanes within int8
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
+PERCARD_INLINE I32 load_i8(const int8_t* p) { PERCARD_LANES(I32, p[i]); }  // 16 int8
 PERCARD_INLINE void prefetch(const void*) {}
 
-// The unsigned 4-bit code at bit kShift of each 32-bit lane, as a float 0..15 minus `from` (8 + zero point).
-template <int kShift>
-PERCARD_INLINE F32 code_f32(I32 line, I32 from) {
-    return to_f32(sub(bit_and(shift_right<kShift>(line), set_i32(15)), from));
-}
+// 4-bit codes of a line as floats, minus 8 and their zero points: exact. `at<kShift>` takes the nibble at that bit of each
+// 32-bit lane.
+template <bool kZero>
+struct Codes {
+    I32 from = set_i32(8);
+    explicit Codes(const int8_t* zero) {
+        if (kZero) from = add(from, load_i8(zero));
+    }
+    template <int kShift>
+    F32 at(I32 line) const {
+        return to_f32(sub(bit_and(shift_right<kShift>(line), set_i32(15)), from));
+    }
+};
 
 // A cache line of a packed weight: 16 rows x 4 bytes.
 PERCARD_INLINE Bytes load_bytes(const void* p) {

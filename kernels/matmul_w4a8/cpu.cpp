@@ -9,6 +9,9 @@
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
+#ifdef PERCARD_ISA_amx_int8
+#include "amx.h"
+#endif
 
 namespace percard {
 namespace PERCARD_ISA {
@@ -109,9 +112,66 @@ static int32_t sum_of(const int8_t* x, int64_t count) {
     return sum;
 }
 
+#ifdef PERCARD_ISA_amx_int8
+// Lines of 4-bit codes as signed bytes: a line becomes two lines of a B tile.
+static void unpack_s8(int8_t* to, const uint8_t* w, int64_t lines) {
+    const __m512i eight = _mm512_set1_epi8(8);
+    for (int64_t line = 0; line < lines; ++line, w += 64, to += 128) {
+        const Bytes packed = load_bytes(w);
+        prefetch(w + 2048);
+        _mm512_store_si512(to, _mm512_sub_epi8(low_nibbles(packed).v, eight));
+        _mm512_store_si512(to + 64, _mm512_sub_epi8(high_nibbles(packed).v, eight));
+    }
+}
+
+static void store_tile(const MatmulW4A8& a, const float* sums, int64_t i, int64_t b) {
+    const int64_t count = min_of(16, a.n - b * 16);
+    const F32 bias = a.bias ? load_part(a.bias + b * 16, count) : set_f32(0.0f);
+    for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m, sums += 16) {
+        F32 y = mul(load_f32(sums), set_f32(a.sx[m]));
+        if (a.bias) y = add(y, bias);
+        store_part(a.y, m * a.n + b * 16, a.y_dtype, y, count);
+    }
+}
+
+// A block of 16 rows and kChunk inputs is unpacked into the L1 and meets all tokens; sums of tokens wait in memory for the
+// next inputs. A tile ends where a group ends, so its int32 sums are scaled before the next group comes.
+static void by_tiles(const MatmulW4A8& a) {
+    using amx::kTile;
+    constexpr int64_t kChunk = 1024;
+    const bool one = a.group >= a.k;
+    const int64_t tile_k = one || a.group % 64 == 0 ? 64 : 32, group = one ? round_up(a.k, 64) : a.group;
+    const int64_t steps = (a.k + tile_k - 1) / tile_k, token_tiles = (a.m + 15) / 16, np = round_up(a.n, 16);
+    const int64_t block_bytes = round_up(a.k, 128) * 8, panel_k = round_up(group, kChunk);
+    auto* x = static_cast<int8_t*>(scratch(kSlotX, token_tiles * steps * kTile));
+    amx::tiles_of_x(x, a.xq, a.stride_xm, a.m, a.k, steps, tile_k);
+    parallel(np / 16, block_bytes * 0.3 + token_tiles * steps * 12, [&](int64_t begin, int64_t end) {
+        const amx::Registers registers(min_of(a.m, 16), tile_k);
+        auto* panel = static_cast<int8_t*>(scratch(kSlotPanel, panel_k * 16));
+        auto* sums = static_cast<float*>(scratch(kSlotOut, token_tiles * 256 * 4));
+        for (int64_t b = begin; b < end; ++b) {
+            std::memset(sums, 0, token_tiles * 256 * 4);
+            for (int64_t k = 0, stop; k < a.k; k = stop) {
+                stop = min_of(a.k, k + max_of(group, kChunk / group * group));
+                unpack_s8(panel, a.w + b * block_bytes + k * 8, round_up(stop - k, tile_k) / 8);
+                for (int64_t i = 0; i < token_tiles; ++i)
+                    amx::add_groups<amx::ProductS8>(
+                        sums + i * 256, reinterpret_cast<const char*>(x + (i * steps + k / tile_k) * kTile),
+                        reinterpret_cast<const char*>(panel), a.scale + k / group * np + b * 16, np,
+                        (stop - k + group - 1) / group, group / tile_k, tile_k * 16, 0);
+            }
+            for (int64_t i = 0; i < token_tiles; ++i) store_tile(a, sums + i * 256, i, b);
+        }
+    });
+}
+#endif
+
 }  // namespace w4a8
 
 void matmul_w4a8(const MatmulW4A8& a) {
+#ifdef PERCARD_ISA_amx_int8
+    if (a.m > 4 && (a.group % 32 == 0 || a.group >= a.k)) return w4a8::by_tiles(a);
+#endif
     const int64_t groups = (a.k + a.group - 1) / a.group, lines = round_up(a.k, 8) / 8;
     const bool whole = a.k % 8 == 0;
     const int64_t stride_x = whole ? a.stride_xm : lines * 8;

@@ -13,14 +13,6 @@ namespace quantize {
 constexpr float kTiny = 7.888609052210118e-31f;    // 2^-100: less counts as a row of zeros
 constexpr float kLargest = 3.4028234663852886e38f;  // of fp32
 
-// 16 numbers of row x from k on, 0 past the end.
-PERCARD_INLINE F32 numbers(const void* x, int64_t at, int64_t count, int dtype) {
-    if (count >= 16) return load_as_f32(x, at, dtype);
-    float lanes[16] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = load_float(x, at + i, dtype);
-    return load_f32(lanes);
-}
-
 PERCARD_INLINE void row(const QuantizeRows& a, int64_t m, int dtype) {
     const int64_t at = m * a.stride_xm;
     F32 most = set_f32(0.0f);
@@ -28,21 +20,19 @@ PERCARD_INLINE void row(const QuantizeRows& a, int64_t m, int dtype) {
     for (int64_t k = 0; k < a.k; k += 64) {
         F32 here = set_f32(0.0f);
         for (int i = 0; i < 64; i += 16) {
-            const F32 v = abs(numbers(a.x, at + k + i, a.k - k - i, dtype));
+            const F32 v = abs(load_part_as(a.x, at + k + i, dtype, a.k - k - i));
             here = max(here, v);
             finite = finite && all_at_most(v, kLargest);  // a maximum may lose a NaN, so each number is asked
         }
         most = max(here, most);
     }
-    float lanes[16], absmax = 0.0f;
-    store_f32(lanes, most);
-    for (float lane : lanes) absmax = lane > absmax ? lane : absmax;
+    const float absmax = largest(most);
     const bool live = finite && absmax >= kTiny;
     const F32 inverse = set_f32(live ? 127.0f / absmax : 0.0f), low = set_f32(-127.0f), high = set_f32(127.0f);
     I32 sum = set_i32(0);
     int8_t* q = a.q + m * a.k;
     for (int64_t k = 0; k < a.k; k += 16) {
-        const F32 v = live ? numbers(a.x, at + k, a.k - k, dtype) : set_f32(0.0f);
+        const F32 v = live ? load_part_as(a.x, at + k, dtype, a.k - k) : set_f32(0.0f);
         const I32 codes = to_i32(max(min(mul(v, inverse), high), low));
         sum = add(sum, codes);
         if (k + 16 <= a.k) {
