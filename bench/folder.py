@@ -71,6 +71,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """Holds `folder` for one run; makes it when it is not there. BadFolder when it holds something else."""
     if folder.exists() and not folder.is_dir():
         raise BadFolder(f"{folder}: is a file, expected a folder; choose another --out")
+    fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     others = [p.name for p in folder.iterdir() if p.name not in (".lock", "worker.log", "triton-cache")]
     if others and not (folder / MANIFEST).exists():
@@ -80,7 +81,14 @@ def claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadFolder(f"{folder}: another run is writing there; wait for it or choose a new folder") from None
-        yield
+        try:
+            yield
+        finally:
+            if fresh and not (folder / MANIFEST).exists():  # refused before anything was run: leave nothing
+                for name in (".lock", "worker.log"):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def pack_stage(folder: Path, entry: Mapping[str, Any]) -> str:

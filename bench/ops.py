@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..formats.affine import dequantize
-from ..formats.spec import QuantSpec
+from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from ..kernels import conformance
 from ..kernels.linear import linear, ops_of, prepare
@@ -217,7 +217,7 @@ def _cpu_times(turns: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) ->
     calls = {name: whole(turn) for name, turn in turns.items()}
     once = [sample.median for sample in clock.ab(calls, rounds=1).values()]
     # Long enough for the fastest, unless the slowest would then take ten times as long as a sample should.
-    repeat = max(1, min(1000, math.ceil(_SAMPLE_S / min(once)), math.ceil(10 * _SAMPLE_S / max(once))))
+    repeat = max(1, min(200, math.ceil(_SAMPLE_S / min(once)), math.ceil(10 * _SAMPLE_S / max(once))))
     return _Seen(clock.ab(calls, rounds=rounds, calls=repeat), {}, repeat, {})
 
 
@@ -324,13 +324,13 @@ def linear_ops(spec: str) -> tuple[Op, ...]:
 def plan(models: Sequence[str], specs: Sequence[str], tokens: Sequence[int] = WORTH) -> list[tuple[str, Case]]:
     """(spec, case) of every linear of `models` at `tokens`, by worth: tokens first, as ordered, then models, then specs.
 
-    KeyError names a model or a spec that no case has.
+    FormatError names a model that has no cases, or an unknown spec; Unsupported a spec that no op serves.
     """
     found = []
     for m in tokens:
         for model in models:
             if model not in LAYERS:
-                raise KeyError(f"no cases for {model!r}; known: {', '.join(LAYERS)}")
+                raise FormatError(f"no cases for model {model!r}; known: {', '.join(LAYERS)}")
             for spec in specs:
                 cases = OPS[ops_of(QuantSpec.parse(spec))[-1].name][1].CASES
                 fits = [c for c in cases if c.real and c.spec == spec and c.m == m and c.name.startswith(f"{model}.")]
@@ -360,11 +360,15 @@ def run(
 ) -> list[Record]:
     """Times the linears of `models` here and now, a Record per spec and case; `out` appends each to a JSONL file.
 
-    A case that fails is a record that says so. KeyError for a model that has no cases, FormatError for an unknown spec.
+    A case that fails is a record that says so. FormatError for an unknown model or spec.
     """
     say = progress or (lambda words: None)
     where = device or card.default_device()
     todo = plan(models, specs, tokens)
+    if not todo:
+        raise FormatError(
+            f"no case of {', '.join(models)} has {', '.join(map(str, tokens))} tokens in {', '.join(specs)}"
+        )
     shared = next(roof_module.measure(where.type))
     noisy, words = shared.pop("noisy"), shared.pop("words")
     say(words)

@@ -133,9 +133,16 @@ def time_ops(run: Run) -> None:
     for spec, case in todo:
         parts = [op.name for op in ops.linear_ops(spec)]
         about = ops.sections(spec, case)
-        code = {"op_source_hash": ops.source_hash(*parts)}
-        arguments = {"spec": spec, "case": case.name, "device": run.device, "rounds": 7, "roof": roof, "seed": _seed()}
-        identity = {"task": "op", "case": case.name, "spec": spec, "rounds": 7, **code}
+        code, rounds = {"op_source_hash": ops.source_hash(*parts)}, 7 if run.device == "cuda" else 2
+        arguments = {
+            "spec": spec,
+            "case": case.name,
+            "device": run.device,
+            "rounds": rounds,
+            "roof": roof,
+            "seed": _seed(),
+        }
+        identity = {"task": "op", "case": case.name, "spec": spec, "rounds": rounds, **code}
         seconds = 1.2 if run.device == "cuda" else 8.0  # a loaded CPU takes its time over rivals
         row = {**about, "code": code}
         cells.append(
@@ -295,6 +302,11 @@ def measured_roof(target: Path) -> dict[str, float]:
     shared = machine_sections(target)
     roof = (shared.get("card") or {}).get("roof") or {"copy_gbs": (shared.get("cpu") or {}).get("read_gbs")}
     return {name: value for name, value in roof.items() if value}
+
+
+def manifest(target: str | Path) -> dict[str, Any]:
+    """What a run in this folder came to, so far."""
+    return json.loads((Path(target) / folder_module.MANIFEST).read_text(encoding="utf-8"))
 
 
 def checkout() -> Path | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .folder import MANIFEST, archived, read_lines, replace, rows_of
+from .record import Record
 
 _LINEARS = ("qkv", "o", "gate_up", "down")
 _COLUMNS = (
@@ -37,6 +38,12 @@ def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     ops = [row for row in rows if row["level"] == "op"]
     parts += [_stacks(ops), _ops(ops), _models([row for row in rows if row["level"] == "model"]), _left_out(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def of_records(records: Sequence[Record]) -> str:
+    """The op tables of records that are no slot's, for `percard bench ops`."""
+    rows = [json.loads(record.to_json()) for record in records]
+    return "\n\n".join(part for part in (_stacks(rows), _ops(rows), _left_out(rows)) if part)
 
 
 def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:

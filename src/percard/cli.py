@@ -71,6 +71,25 @@ BENCH_MODEL_HELP = """Tokens per second of whole models against FP16: prefill an
 FP16 is the fastest float type of torch on this machine, found by a probe and named in every row.
 """
 
+BENCH_OPS_HELP = """Linears of real layers against torch's floats and int8 rivals: correct first, then timed in turn, with spread.
+
+\b
+  percard bench ops                                           Qwen3-0.6B shapes on this machine
+  percard bench ops --models qwen3-8b --specs w4a16-g128 --tokens 1,16,256
+
+Each kernel is compared with its reference at the very shape before it is timed there. Quantising activations is inside.
+"""
+
+BENCH_SLOT_HELP = """One command for a card that is free for ten minutes: agreement, ops against bf16, a model; one folder.
+
+\b
+  percard bench slot --minutes 10 --out out/slot              works from 8 minutes on; below 3 only what is essential
+  percard bench slot --minutes 5 --out out/slot               the same folder again goes on where the first was cut
+  percard bench slot --minutes 2 --out out/try --device cpu   try the run without a card
+
+Exit code 0 complete, 4 a kernel disagrees with its reference, 5 cut but valid (time, SIGTERM, lost card).
+"""
+
 INSPECT_HELP = """Compile the Triton kernels for other cards, without a card: registers, spills, MMA kind, shared memory.
 
 \b
@@ -124,18 +143,24 @@ def root(
 ) -> None:
     if as_json:  # `percard --json verb` means `percard verb --json`
         verbs = ("quantize", "verify", "generate", "doctor", "inspect", "demo")
-        context.default_map = {verb: {"as_json": True} for verb in verbs} | {"bench": {"model": {"as_json": True}}}
+        context.default_map = {verb: {"as_json": True} for verb in verbs} | {
+            "bench": {name: {"as_json": True} for name in ("model", "ops", "slot")}
+        }
 
 
 @app.command(help=QUANTIZE_HELP, short_help="A checkpoint becomes INT8 or INT4.")
 def quantize(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id such as Qwen/Qwen3-8B.")],
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id such as Qwen/Qwen3-8B.")
+    ],
     spec: Annotated[str | None, typer.Option(help="What weights become, such as w4a16-g128.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
     method: Annotated[str, typer.Option(help="How codes are found.")] = "rtn",
     calibration: Annotated[Path | None, typer.Option(help="JSONL text for methods that calibrate.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with all of it, instead of --spec.")] = None,
-    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe these flags mean; stop.")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe these flags mean; stop.")
+    ] = False,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and what it needs; stop.")] = False,
     as_json: AsJson = False,
@@ -164,7 +189,9 @@ def quantize(
 def verify(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="What `quantize` wrote.")],
     against: Annotated[str, typer.Option(help="The source checkpoint: a folder or a hub id.")],
-    text: Annotated[Path | None, typer.Option(help="Held-out text, UTF-8; adds KL and top-1 against the source.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text, UTF-8; adds KL and top-1 against the source.")
+    ] = None,
     level: Annotated[str, typer.Option(help="bytes or weights.")] = "weights",
     as_json: AsJson = False,
 ) -> None:
@@ -182,7 +209,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new: Annotated[int, typer.Option("--max-new", min=1, help="Tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from this share of probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from this share of probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -207,7 +236,9 @@ def bench_model(
     new: Annotated[int, typer.Option(min=1, help="Tokens of decode, after them.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 3,
-    head: Annotated[str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")] = "int8-row",
+    head: Annotated[
+        str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")
+    ] = "int8-row",
     out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -230,6 +261,60 @@ def bench_model(
             console.show(part)
     if any((record.quality or {}).get("gate") == "red" for record in records):
         raise typer.Exit(console.GATE_RED)
+
+
+@bench_app.command("ops", help=BENCH_OPS_HELP, short_help="Linears of real layers against torch and rivals.")
+def bench_ops(
+    models: Annotated[str, typer.Option(help="Whose layers, with commas.")] = "qwen3-0.6b",
+    specs: Annotated[str, typer.Option(help="Specs, with commas.")] = "w4a16-g128,w8a8,w4a8",
+    tokens: Annotated[
+        str, typer.Option(help="Rows of activations, with commas: 1 4 16 64 256 512 1024 4096 16384.")
+    ] = "1,16,512",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 7,
+    impl: Annotated[str | None, typer.Option(help="A body by name: triton, cpu.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from .bench import ops, slot_report
+
+    if not all(word.isdigit() for word in tokens.split(",")):
+        raise typer.BadParameter(f"--tokens {tokens}: expected whole numbers with commas")
+    records = ops.run(
+        [name for name in models.split(",") if name],
+        [name for name in specs.split(",") if name],
+        [int(word) for word in tokens.split(",")],
+        impl=impl,
+        rounds=rounds,
+        out=out,
+        progress=console.showing_steps(as_json),
+        command=" ".join(["percard", *sys.argv[1:]]),
+    )
+    if as_json:
+        for record in records:
+            print(record.to_json(), flush=True)
+    else:
+        console.show(slot_report.of_records(records))
+    if any((record.quality or {}).get("gate") == "red" for record in records):
+        raise typer.Exit(console.GATE_RED)
+
+
+@bench_app.command("slot", help=BENCH_SLOT_HELP, short_help="Ten minutes of a card, one folder.")
+def bench_slot(
+    out: Annotated[Path, typer.Option("--out", help="Folder; one of an earlier call is gone on with.")],
+    minutes: Annotated[float, typer.Option(help="How long the card is free.")] = 10.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the run without a card.")] = "cuda",
+    retry: Annotated[str | None, typer.Option(help="`failed`: measure failed cells again.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from .bench import slot
+
+    if retry not in (None, "failed"):
+        raise typer.BadParameter(f"--retry {retry}: the one choice is failed")
+    told = console.showing_steps(as_json)
+    code = slot.run(out, minutes, device=device, retry_failed=retry == "failed", say=told)
+    if code != console.BAD_INPUT:
+        console.emit_json(slot.manifest(out)) if as_json else console.show(f"{out}/report.md")
+    raise typer.Exit(code)
 
 
 @app.command(help=DOCTOR_HELP, short_help="What serves on this machine, and what does not.")

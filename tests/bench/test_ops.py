@@ -10,6 +10,7 @@ import torch
 
 from percard.bench import ops, record, rivals
 from percard.formats.affine import dequantize
+from percard.formats.spec import FormatError
 from percard.kernels import conformance
 from percard.kernels.op import Unsupported
 from percard.kernels.shapes import activations, generator, small, weight
@@ -40,7 +41,7 @@ def test_plan_is_whole_and_by_worth() -> None:
     assert [case.m for _, case in found] == sorted((c.m for _, c in found), key=ops.WORTH.index)
     assert found[0][0] == "w4a16-g128" and found[0][1].name.startswith("qwen3-8b") and found[0][1].m == 1
     assert {spec for spec, _ in found} == set(specs) and len(set(found)) == len(found)
-    with pytest.raises(KeyError, match="no cases for 'qwen9'"):
+    with pytest.raises(FormatError, match="no cases for model 'qwen9'"):
         ops.plan(("qwen9",), specs)
     with pytest.raises(Unsupported, match="w8a16"):
         ops.plan(models, ("w8a16",))

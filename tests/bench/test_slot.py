@@ -120,6 +120,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert slot.run(tmp_path / "a", 5, say=said.append) == BAD_INPUT
         assert "no CUDA card" in said[-1] and "--device cpu" in said[-1] and "\n" not in said[-1]
+        assert not (tmp_path / "a").exists(), "a refusal leaves nothing"
     assert slot.run(tmp_path / "b", 0.0, device="cpu", say=said.append) == BAD_INPUT and "--minutes" in said[-1]
     assert slot.run(tmp_path / "b", 5, device="tpu", say=said.append) == BAD_INPUT and "cuda, cpu" in said[-1]
     (tmp_path / "c").mkdir()
