@@ -226,9 +226,7 @@ class Runner:
                 self._run_cell(run, worker, cell, key, into, f"{number}/{len(cells)}")
 
         if workers == 1 and not env:
-            if self._worker is None:
-                self._worker = self._make_worker(self.folder / "worker.log", self._env)
-            drain(self._worker)
+            drain(self._timed_worker())
             return
         failures: list[BaseException] = []
 
@@ -249,17 +247,18 @@ class Runner:
         if failures:
             raise failures[0]
 
-    def ask(self, task: str, arguments: Mapping[str, Any], timeout: float, env: dict[str, str]) -> list[dict[str, Any]]:
-        """See Run.ask."""
+    def ask(self, task: str, arguments: Mapping[str, Any], timeout: float) -> list[dict[str, Any]]:
+        """See Run.ask. In the process of the timed cells, which has loaded all that planning needs."""
         rows: list[dict[str, Any]] = []
-        worker = self._make_worker(self.folder / "worker.log", {**self._env, **env})
-        try:
-            outcome = worker.run(task, arguments, timeout, rows.append, lambda: self.stopped is not None)
-        finally:
-            worker.close()
+        outcome = self._timed_worker().run(task, arguments, timeout, rows.append, lambda: self.stopped is not None)
         if outcome.status != "ok":
             raise RuntimeError((outcome.error or {}).get("message", f"{task} ended with {outcome.status}"))
         return rows
+
+    def _timed_worker(self) -> WorkerLike:
+        if self._worker is None:
+            self._worker = self._make_worker(self.folder / "worker.log", self._env)
+        return self._worker
 
     def _run_cell(self, run: Run, worker: WorkerLike, cell: Cell, key: str, into: str, place: str) -> None:
         if self.stopped is None:

@@ -73,16 +73,15 @@ def compile_kernels(run: Run) -> None:
     ]
     if on_card:
         wanted += [["quantize_rows", case.name] for case in ops.OPS["quantize_rows"][1].REAL]
-    compiler = {"TRITON_INTERPRET": "0"}
     arguments = {"arch": arch, "problems": wanted}
-    jobs = run.ask(f"{_PACKAGE}.slot_tasks:distinct_kernels", arguments, max(20.0, run.left()), compiler)
+    jobs = run.ask(f"{_PACKAGE}.slot_tasks:distinct_kernels", arguments, max(20.0, run.left()))
     cells = []
     for job in jobs:
         identity = {"task": "compile", "arch": arch, **job, "source": ops.source_hash(job["op"])}
         words = f"{job['op']} {job['case']} {job['index']}"
         task = f"{_PACKAGE}.slot_tasks:compile_kernel"
         cells.append(Cell(words, task, {**job, "arch": arch}, 4.0, identity, dict(job), kind="compile"))
-    run.cells(cells, into=INSPECT, workers=_processes(), env=compiler)
+    run.cells(cells, into=INSPECT, workers=max(2, _processes()))
 
 
 def correctness(run: Run) -> None:
@@ -246,7 +245,9 @@ def _run(
     make_worker: Callable[[Path, Mapping[str, str]], WorkerLike],
     start: float,
 ) -> int:
-    env = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(target.resolve() / "triton-cache"))}
+    # Kernels are compiled here, whatever the caller's shell says of the interpreter.
+    env = {"TRITON_INTERPRET": "0"}
+    env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(target.resolve() / "triton-cache"))
     asking = f"{_PACKAGE}.roof:identity"
     found: list[dict[str, Any]] = []
     worker = make_worker(target / "worker.log", env)

@@ -49,7 +49,7 @@ def compile_kernel(op: str, case: str, index: int, arch: str) -> Iterator[dict[s
     row = asdict(inspection.measure(inspection.Job(op, arch, ops.case_of(op, case), index)))
     try:
         told = inspection.faults([row])
-    except KeyError:  # a tile that only small cases use has no ceiling
+    except (LookupError, TypeError):  # EXPECT has no ceiling for a tile that only small cases use
         told = []
     words = f"{row['registers']} registers, {row['spilled_bytes']} bytes spilled, {row['mma'] or 'no MMA'}"
     yield {**row, "faults": told, "words": words}

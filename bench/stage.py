@@ -90,11 +90,9 @@ class Run:
         """
         self.runner.run_cells(self, cells, into, workers, dict(env or {}))
 
-    def ask(
-        self, task: str, arguments: Mapping[str, Any], timeout: float, env: Mapping[str, str] | None = None
-    ) -> list[dict[str, Any]]:
+    def ask(self, task: str, arguments: Mapping[str, Any], timeout: float) -> list[dict[str, Any]]:
         """What a task yields, for planning: nothing is written. RuntimeError tells what went wrong."""
-        return self.runner.ask(task, arguments, timeout, dict(env or {}))
+        return self.runner.ask(task, arguments, timeout)
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of this stage, whole or not at all."""

@@ -17,25 +17,25 @@ from percard.bench import decode, folder, ops, slot, slot_report, slot_tasks
 from percard.bench.record import Record
 from percard.bench.runner import BAD_INPUT, CUT, DONE, RED, SHARE
 from percard.bench.stage import Cell, Run, Stage
+from percard.bench.worker import Worker
 
 FEW = ("small.m1.n1.k1.w8a8.fp16", "small.m3.n37.k53.w8a8.fp16.bias")
 
 
 def checks(run: Run) -> None:
-    """Two cases in Triton's interpreter, one in C++."""
-    for impl, names in (("triton", FEW[:1]), ("cpu", FEW)):
-        cells = [
-            Cell(
-                f"{impl} {name}",
-                "percard.bench.ops:check",
-                {"op": "matmul_w8a8", "impl": impl, "case": name, "device": "cpu", "seed": 5},
-                1.0,
-                {"impl": impl, "case": name},
-                {"op": "matmul_w8a8", "impl": impl},
-            )
-            for name in names
-        ]
-        run.cells(cells, into=slot.CONFORMANCE, env={"TRITON_INTERPRET": "1"})
+    """One case in Triton's interpreter, two in C++."""
+    cells = [
+        Cell(
+            f"{impl} {name}",
+            "percard.bench.ops:check",
+            {"op": "matmul_w8a8", "impl": impl, "case": name, "device": "cpu", "seed": 5},
+            1.0,
+            {"impl": impl, "case": name},
+            {"op": "matmul_w8a8", "impl": impl},
+        )
+        for impl, name in (("triton", FEW[0]), ("cpu", FEW[0]), ("cpu", FEW[1]))
+    ]
+    run.cells(cells, into=slot.CONFORMANCE, env={"TRITON_INTERPRET": "1"})
 
 
 def one_op(run: Run) -> None:
@@ -77,7 +77,7 @@ def test_slot_on_a_cpu_and_again(tmp_path: Path) -> None:
 
     begin = time.monotonic()
     assert slot.run(out, 10, device="cpu", stages=SHORT, say=said.append) == DONE
-    assert (out / "records.jsonl").stat().st_size == size and time.monotonic() - begin < 60
+    assert (out / "records.jsonl").stat().st_size == size and time.monotonic() - begin < 200
     assert len(json.loads((out / "manifest.json").read_text())["calls"]) == 2
     for path in (*out.glob("*.jsonl"), out / "card.json"):
         path.unlink()
@@ -103,11 +103,11 @@ def test_sigterm_ends_a_real_slot(tmp_path: Path) -> None:
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path})
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not (out / "x.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(30) == CUT
+    assert process.wait(60) == CUT
     rows = list(folder.read_lines(out / "x.jsonl"))
     assert [row["status"] for row in rows] == ["ok", "cut"] and "SIGTERM" in rows[1]["error"]["message"]
     with pytest.raises(ProcessLookupError):
@@ -150,8 +150,8 @@ class Listing:
     def left(self) -> float:
         return 60.0
 
-    def ask(self, task: str, arguments: dict[str, Any], timeout: float, env: Any = None) -> list[dict[str, Any]]:
-        assert arguments["arch"] == "sm_90" and env == {"TRITON_INTERPRET": "0"}
+    def ask(self, task: str, arguments: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        assert arguments["arch"] == "sm_90"
         return [{"op": op, "case": case, "index": 0} for op, case in arguments["problems"]]
 
 
@@ -180,6 +180,25 @@ def test_what_a_card_would_run(tmp_path: Path) -> None:
     tests = [c for c in listing.made if c.task.endswith("pytest_rows")]
     assert len(tests) == (1 if slot.checkout() else 0)
     assert all(c.arguments["limit_s"] < listing.left() for c in tests)
+
+
+def test_compiling_a_kernel(tmp_path: Path) -> None:
+    """One kernel for sm_90, in a process of its own as in a slot, and equal kernels once."""
+    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    worker = Worker(tmp_path / "log", env)
+    rows: list[dict[str, Any]] = []
+    names = ["small.m1.k128.bf16", "small.m16.k129.bf16", "small.m1.k128.bf16"]
+    arguments: dict[str, Any] = {"arch": "sm_90", "problems": [["quantize_rows", name] for name in names]}
+    assert worker.run("percard.bench.slot_tasks:distinct_kernels", arguments, 60.0, rows.append).status == "ok"
+    assert 1 <= len(rows) <= 2 and rows[0] == {"op": "quantize_rows", "case": names[0], "index": 0}
+    made: list[dict[str, Any]] = []
+    outcome = worker.run("percard.bench.slot_tasks:compile_kernel", {**rows[0], "arch": "sm_90"}, 120.0, made.append)
+    assert outcome.status == "ok", outcome
+    assert made[0]["registers"] > 0 and made[0]["spilled_bytes"] == 0 and made[0]["faults"] == []
+    assert list((tmp_path / "cache").iterdir()), "what was compiled is there for the run"
+    unknown = worker.run("percard.bench.slot_tasks:distinct_kernels", {**arguments, "arch": "sm_70"}, 60.0, rows.append)
+    assert unknown.status == "refused" and unknown.error is not None and "sm_70" in unknown.error["message"]
+    worker.close()
 
 
 def tree(where: Path, text: str) -> str:
