@@ -32,13 +32,15 @@ TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Refused(RuntimeError):
-    """The preflight says no; `.preflight` says why. Exit code 3."""
+    """The preflight says no; `.preflight` says why. Exit code 3, or 1 when all that is wrong is a disk too full."""
 
     code = 3
 
     def __init__(self, preflight: Preflight) -> None:
         super().__init__("refused: " + "; ".join(preflight.refusals))
         self.preflight = preflight
+        if preflight.disk_free is not None and preflight.disk > preflight.disk_free and len(preflight.refusals) == 1:
+            self.code = 1
 
 
 @dataclass(frozen=True)

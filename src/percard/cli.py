@@ -328,9 +328,12 @@ def doctor(as_json: AsJson = False) -> None:
 def inspect_kernels(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops; all by default.")] = None,
     arch: Annotated[str, typer.Option(help="Architectures, with commas.")] = "sm_80,sm_89,sm_90,sm_100",
-    everything: Annotated[bool, typer.Option("--all", help="All kernels of real layers, not only the typical.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All kernels of real layers, not only the typical.")
+    ] = False,
     other_triton: Annotated[
-        Path | None, typer.Option("--triton", help="Folder with another Triton: pip install --target FOLDER triton==3.6.0")
+        Path | None,
+        typer.Option("--triton", help="Folder with another Triton: pip install --target FOLDER triton==3.6.0"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -188,7 +188,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; nothing that looks finished was left behind"
     if type(error).__name__ in _REFUSALS:
-        return REFUSED, str(error)
+        return getattr(error, "code", REFUSED), str(error)
     if hasattr(error, "format_message"):  # a usage error of the argument parser
         return BAD_INPUT, f"{error.format_message().rstrip('.')}; `--help` shows what it takes"
     if isinstance(error, OSError):

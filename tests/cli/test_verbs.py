@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -81,8 +82,13 @@ def test_a_dry_run_that_is_refused_says_why_and_exits_3(
     monkeypatch.setattr(preflight, "_disk_free", lambda path: 1000)
     ran = percard("quantize", checkpoint, "--spec", "w8a8", "--out", tmp_path / "out", "--dry-run")
     assert ran.code == 3 and "refused" in ran.out
+    ran = percard(
+        "quantize", checkpoint, "--spec", "w8a8", "--out", tmp_path / "out"
+    )  # a disk that is full is an error
+    assert ran.code == 1 and "disk" in ran.error and not (tmp_path / "out").exists()
+    monkeypatch.setattr(preflight, "_memory_free", lambda: 1000)
     ran = percard("quantize", checkpoint, "--spec", "w8a8", "--out", tmp_path / "out")
-    assert ran.code == 3 and "disk" in ran.error and not (tmp_path / "out").exists()
+    assert ran.code == 3 and "memory" in ran.error and not (tmp_path / "out").exists()
 
 
 def test_a_printed_recipe_does_the_same(checkpoint: Path, tmp_path: Path, percard: Run) -> None:
@@ -159,6 +165,26 @@ def test_doctor_names_every_body_and_gives_reasons(percard: Run) -> None:
     assert all(r["reason"] for r in facts["ops"] if r["state"] == "refuses")
     plain = percard("doctor")
     assert plain.code == 0 and "matmul_w4a8" in plain.out
+
+
+def test_a_full_disk_exits_1_with_one_line_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, percard: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from percard.formats import writer
+
+    true, left = os.pwrite, [100_000]
+
+    def pwrite(fd: int, data: bytes, at: int) -> int:
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return true(fd, data, at)
+
+    monkeypatch.setattr(writer.os, "pwrite", pwrite)
+    ran = percard("quantize", checkpoint, "--spec", "w8a8", "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert "disk full" in ran.error and "--out" in ran.error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
