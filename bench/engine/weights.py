@@ -19,7 +19,7 @@ from ...formats import affine, compressed_tensors
 from ...formats.checkpoint import Checkpoint
 from ...formats.spec import FormatError, QuantSpec
 from ...formats.tensor import QuantTensor
-from ...kernels.linear import prepare
+from ...kernels.linear import ops_of, prepare
 from ...kernels.op import Unsupported
 from .config import Config
 
@@ -318,10 +318,9 @@ def _ready(
     if not isinstance(weight, QuantTensor):
         return weight.contiguous()
     try:
-        return prepare(weight, device, impl=impl)
+        ops_of(weight.spec)
     except Unsupported as error:
-        if impl is not None:
-            raise
         reason = str(error).split(";")[0]
         notes.setdefault(f"{weight.spec}: dequantised to {str(dtype).removeprefix('torch.')} at load ({reason})")
         return affine.dequantize(weight, dtype)
+    return prepare(weight, device, impl=impl)
