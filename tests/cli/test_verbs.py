@@ -191,7 +191,9 @@ def test_a_full_disk_exits_1_with_one_line_and_leaves_nothing(
 def test_interrupted_exits_130_with_one_line_and_leaves_nothing(number: int, checkpoint: Path, tmp_path: Path) -> None:
     # The verb is held at its first progress event, so that the signal surely meets it at work.
     code = (
-        "import time, sys\n"
+        "import signal, time, sys\n"
+        # A shell starts its background jobs with SIGINT ignored, and the tests may be such a job.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from percard import cli, console\n"
         "def hold(event):\n"
         "    print('at work', flush=True)\n"
