@@ -190,7 +190,10 @@ def show_report(report: Report) -> list[RenderableType]:
         lines.append(f"{human(before)} -> {human(after)} ({after / before:.0%}), {sum(report.seconds.values()):.1f} s")
     lines += [Text(text, "red") for text in (*report.failures, *report.flags)]
     lines += [Text(text, "yellow") for text in report.warnings]
-    lines.append(_verdict(f"{report.output}: checked ({report.level}),", report.status))
+    if report.level == "none":
+        lines.append(Text(f"{report.output}: written, not checked; percard verify does that"))
+    else:
+        lines.append(_verdict(f"{report.output}: checked ({report.level}),", report.status))
     return lines
 
 
