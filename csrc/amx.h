@@ -1,8 +1,8 @@
 // AMX: products of whole tiles. Included by the amx_int8 objects only.
 //
 //   A tile: 16 tokens x 64 bytes of x          (64 int8 or 32 bf16 along k)
-//   B tile: 16 lines x 64 bytes of weight      a line of rows16_k4_w8 is a row of it: 16 output rows x 4 int8 (or 2 bf16)
-//   C tile: 16 tokens x 16 output rows, int32 or fp32
+//   B tile: 16 lines x 64 bytes of weight      a line of rows16_k4_w8 is a row of it: 16 output rows x 4 int8 (or 2
+//   bf16) C tile: 16 tokens x 16 output rows, int32 or fp32
 //
 // A tile costs 16 cycles and its two operands 8 each to load, so a 2 x 2 block of C keeps the unit busy from the L1.
 #pragma once
@@ -17,18 +17,18 @@ namespace amx {
 constexpr int64_t kTile = 1024;  // bytes
 constexpr int64_t kTokens = 16;  // of a tile
 
-// The tile registers of this thread, for as long as the object lives: tiles 0-3 are C, 4-5 are A, 6-7 are B.
-// `tokens` are the rows of A and C, `bytes` the bytes of k in A (B has bytes / 4 lines).
+// The tile registers of this thread, for as long as the object lives: the first `sums` are C, then come A, 6 and 7 are
+// B. `tokens` are the rows of A and C, `bytes` the bytes of k in A (B has bytes / 4 lines).
 class Registers {
   public:
-    Registers(int64_t tokens, int64_t bytes) {
+    Registers(int sums, int64_t tokens, int64_t bytes) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
         for (int tile = 0; tile < 8; ++tile) {
-            const bool a = tile == 4 || tile == 5, b = tile >= 6;
+            const bool a = tile >= sums && tile < 6, b = tile >= 6;
             config.rows[tile] = static_cast<uint8_t>(b ? bytes / 4 : tokens);
             config.row_bytes[tile] = static_cast<uint16_t>(a ? bytes : 64);
         }
@@ -39,102 +39,202 @@ class Registers {
     Registers& operator=(const Registers&) = delete;
 };
 
-// c[32 tokens or 16][32 rows or 16] = sums over `steps` tiles along k, int8 x int8. a0, a1, b0, b1 advance by `a_step` and
-// `b_step` bytes. c holds 4 (or 2, or 1) tiles: (a0, b0), (a0, b1), (a1, b0), (a1, b1).
-template <bool kTwoA, bool kTwoB>
-PERCARD_INLINE void block_s8(int32_t* c, const int8_t* a0, const int8_t* a1, const int8_t* b0, const int8_t* b1,
-                             int64_t steps, int64_t a_step, int64_t b_step) {
-    _tile_zero(0);
-    if (kTwoB) _tile_zero(1);
-    if (kTwoA) _tile_zero(2);
-    if (kTwoA && kTwoB) _tile_zero(3);
-    for (int64_t s = 0; s < steps; ++s) {
-        _tile_loadd(6, b0 + s * b_step, 64);
-        _tile_loadd(4, a0 + s * a_step, 64);
-        _tile_dpbssd(0, 4, 6);
-        if (kTwoB) {
-            _tile_loadd(7, b1 + s * b_step, 64);
-            _tile_dpbssd(1, 4, 7);
-        }
-        if (kTwoA) {
-            _tile_loadd(5, a1 + s * a_step, 64);
-            _tile_dpbssd(2, 5, 6);
-            if (kTwoB) _tile_dpbssd(3, 5, 7);
-        }
-    }
-    _tile_stored(0, c, 64);
-    if (kTwoB) _tile_stored(1, c + 256, 64);
-    if (kTwoA) _tile_stored(2, c + 512, 64);
-    if (kTwoA && kTwoB) _tile_stored(3, c + 768, 64);
+// The instructions, with the numbers of tile registers as template arguments, which the compilers' own intrinsics do
+// not take.
+template <int kT>
+PERCARD_INLINE void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kT));
+}
+template <int kT>
+PERCARD_INLINE void load(const void* tile) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(tile), "r"(int64_t{64}), "i"(kT) : "memory");
+}
+template <int kT>
+PERCARD_INLINE void store(void* tile) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(tile), "r"(int64_t{64}), "i"(kT) : "memory");
 }
 
-// Sums of one group along k: one tile of C from `steps` tiles of A and of B.
+// int8 x int8 to int32
 struct ProductS8 {
     using Sum = int32_t;
-    static PERCARD_INLINE_MEMBER void run(Sum* c, const void* a, const void* b, int64_t steps, int64_t b_step, int64_t) {
-        _tile_zero(0);
-        for (int64_t s = 0; s < steps; ++s) {
-            _tile_loadd(6, static_cast<const char*>(b) + s * b_step, 64);
-            _tile_loadd(4, static_cast<const char*>(a) + s * kTile, 64);
-            _tile_dpbssd(0, 4, 6);
-        }
-        _tile_stored(0, c, 64);
+    static constexpr int kPlanes = 1;
+    template <int kC, int kA, int kB>
+    static PERCARD_INLINE_MEMBER void dot() {
+        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
     }
-    static PERCARD_INLINE_MEMBER F32 load(const Sum* c) { return to_f32(load_i32(c)); }
+    static PERCARD_INLINE_MEMBER F32 sum(const Sum* c) { return to_f32(load_i32(c)); }
 };
 
-// The same in bf16. x may be the sum of `kPlanes` bf16 numbers: their tiles lie `plane` bytes apart.
-template <int kPlanes>
+// bf16 x bf16 to fp32. x may be the sum of `planes` bf16 numbers.
+template <int planes>
 struct ProductBf16 {
     using Sum = float;
-    static PERCARD_INLINE_MEMBER void run(Sum* c, const void* a, const void* b, int64_t steps, int64_t b_step,
-                                          int64_t plane) {
-        _tile_zero(0);
-        for (int64_t s = 0; s < steps; ++s) {
-            _tile_loadd(6, static_cast<const char*>(b) + s * b_step, 64);
-            const char* tile = static_cast<const char*>(a) + s * kTile;
-            _tile_loadd(4, tile, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            if constexpr (kPlanes > 1) {
-                _tile_loadd(5, tile + plane, 64);
-                _tile_dpbf16ps(0, 5, 6);
-            }
-            if constexpr (kPlanes > 2) {
-                _tile_loadd(4, tile + 2 * plane, 64);
-                _tile_dpbf16ps(0, 4, 6);
-            }
-        }
-        _tile_stored(0, c, 64);
+    static constexpr int kPlanes = planes;
+    template <int kC, int kA, int kB>
+    static PERCARD_INLINE_MEMBER void dot() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
     }
-    static PERCARD_INLINE_MEMBER F32 load(const Sum* c) { return load_f32(c); }
+    static PERCARD_INLINE_MEMBER F32 sum(const Sum* c) { return load_f32(c); }
 };
 
-// sums[16 tokens][16 rows] += scale[g] * (product of group g), ascending, fused. The 16 sums stay in registers; the tiles of
-// group g + 1 are on their way while group g is scaled.
-template <typename Product>
-static inline void add_groups(float* sums, const char* a, const char* b, const float* scale, int64_t np, int64_t groups,
-                              int64_t steps, int64_t b_step, int64_t plane) {
-    alignas(64) typename Product::Sum c[2][256];
-    Product::run(c[0], a, b, steps, b_step, plane);
+// c[kTwoA + 1][kTwoB + 1] tiles = sums over `steps` tiles along k. All tiles of one operand follow each other.
+template <bool kTwoA, bool kTwoB>
+PERCARD_INLINE void block_s8(int32_t* c, const int8_t* a0, const int8_t* a1, const int8_t* b0, const int8_t* b1,
+                             int64_t steps) {
+    zero<0>();
+    if (kTwoB) zero<1>();
+    if (kTwoA) zero<2>();
+    if (kTwoA && kTwoB) zero<3>();
+    for (int64_t at = 0; at < steps * kTile; at += kTile) {
+        load<6>(b0 + at);
+        load<4>(a0 + at);
+        ProductS8::dot<0, 4, 6>();
+        if (kTwoB) {
+            load<7>(b1 + at);
+            ProductS8::dot<1, 4, 7>();
+        }
+        if (kTwoA) {
+            load<5>(a1 + at);
+            ProductS8::dot<2, 5, 6>();
+            if (kTwoB) ProductS8::dot<3, 5, 7>();
+        }
+    }
+    store<0>(c);
+    if (kTwoB) store<1>(c + 256);
+    if (kTwoA) store<2>(c + 512);
+    if (kTwoA && kTwoB) store<3>(c + 768);
+}
+
+// Where a product of groups reads: tiles of one or two token tiles, of one block, and what lies between neighbours.
+struct Operands {
+    const char *a0, *a1, *b;
+    int64_t steps, b_step, plane;  // tiles of a group; bytes from a B tile to the next; from a plane of x to the next
+};
+
+// One step: tiles kA, kA + 1 and kB. Neighbouring steps take other registers: a load into one that the last product
+// still reads costs half of the speed.
+template <typename Product, bool kTwo, int kA, int kB, int kPlane = 0>
+PERCARD_INLINE void step(const Operands& o, int64_t s) {
+    if constexpr (kPlane == 0) load<kB>(o.b + s * o.b_step);
+    load<kA>(o.a0 + s * kTile + kPlane * o.plane);
+    Product::template dot<0, kA, kB>();
+    if constexpr (kTwo) {
+        load<kA + 1>(o.a1 + s * kTile + kPlane * o.plane);
+        Product::template dot<1, kA + 1, kB>();
+    }
+    if constexpr (kPlane + 1 < Product::kPlanes) step<Product, kTwo, 6 - kA, kB, kPlane + 1>(o, s);
+}
+
+// The sums of one group, to c[0] and, of the second token tile, c[1].
+template <typename Product, bool kTwo, int kSteps>
+PERCARD_INLINE void group(Operands& o, typename Product::Sum (*c)[256], int64_t first) {
+    zero<0>();
+    if constexpr (kTwo) zero<1>();
+#pragma GCC unroll 4
+    for (int64_t s = 0; s < (kSteps ? kSteps : o.steps); ++s)
+        (s + first) % 2 == 0 ? step<Product, kTwo, 2, 6>(o, s) : step<Product, kTwo, 4, 7>(o, s);
+    store<0>(c[0]);
+    if constexpr (kTwo) store<1>(c[1]);
+    o.a0 += o.steps * kTile;
+    o.a1 += o.steps * kTile;
+    o.b += o.steps * o.b_step;
+}
+
+// sums0 and sums1 [16 tokens][16 rows] (0 if `fresh`) += scale[g] * (sums of group g), ascending, fused. The sums of
+// the first token tile stay in registers, those of the second in the L1; the tiles of the next group are on their way
+// meanwhile.
+template <typename Product, bool kTwo, int kSteps>
+static inline void add_groups(bool fresh, float* sums0, float* sums1, Operands o, const float* scale, int64_t np,
+                              int64_t groups) {
+    if (kSteps) o.steps = kSteps;
+    alignas(64) typename Product::Sum c[4][256];
     F32 sum[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) sum[r] = load_f32(sums + r * 16);
-    for (int64_t g = 0; g < groups; ++g) {
-        a += steps * kTile;
-        b += steps * b_step;
-        if (g + 1 < groups) Product::run(c[(g + 1) & 1], a, b, steps, b_step, plane);
+    for (int r = 0; r < 16; ++r) sum[r] = fresh ? set_f32(0.0f) : load_f32(sums0 + r * 16);
+    if (kTwo && fresh) std::memset(sums1, 0, kTile);
+    const auto scale_group = [&](const typename Product::Sum(*from)[256], int64_t g) __attribute__((always_inline)) {
         const F32 s = load_f32(scale + g * np);
-        const typename Product::Sum* from = c[g & 1];
 #pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r) sum[r] = fma(Product::load(from + r * 16), s, sum[r]);
+        for (int r = 0; r < 16; ++r) sum[r] = fma(Product::sum(from[0] + r * 16), s, sum[r]);
+        if constexpr (!kTwo) return;
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r)
+            store_f32(sums1 + r * 16, fma(Product::sum(from[1] + r * 16), s, load_f32(sums1 + r * 16)));
+    };
+    for (int64_t g = 0; g <= groups; ++g) {
+        if (g < groups) group<Product, kTwo, kSteps>(o, c + g % 2 * 2, kSteps == 1 ? g % 2 : 0);
+        if (g > 0) scale_group(c + (g + 1) % 2 * 2, g - 1);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) store_f32(sums + r * 16, sum[r]);
+    for (int r = 0; r < 16; ++r) store_f32(sums0 + r * 16, sum[r]);
+}
+
+template <typename Product, bool kTwo>
+PERCARD_INLINE void add_groups_of(bool fresh, float* sums0, float* sums1, const Operands& o, const float* scale,
+                                  int64_t np, int64_t groups) {
+    if (o.steps == 1) return add_groups<Product, kTwo, 1>(fresh, sums0, sums1, o, scale, np, groups);
+    if (o.steps == 2) return add_groups<Product, kTwo, 2>(fresh, sums0, sums1, o, scale, np, groups);
+    if (o.steps == 4) return add_groups<Product, kTwo, 4>(fresh, sums0, sums1, o, scale, np, groups);
+    add_groups<Product, kTwo, 0>(fresh, sums0, sums1, o, scale, np, groups);
+}
+
+// A product with group scales. x lies in tiles [token tiles, all_k / tile_k] (and `plane` bytes further for each
+// further plane), weights come by unpack(panel, block, k, count) as `line_bytes` bytes for each input of 16 rows.
+struct Grouped {
+    int64_t m, blocks, all_k, tile_k, group, plane, line_bytes;
+    const float* scale;  // [groups, blocks * 16]
+    double ns_per_block;
+};
+
+// Some blocks of 16 rows meet the same pair of token tiles, whose part of x stays in the L1; sums wait in memory from
+// chunk to chunk of k. finish(token tile, first block, blocks, sums [blocks][16][16]) then stores neighbouring outputs
+// together.
+template <typename Product, typename Unpack, typename Finish>
+static inline void multiply_grouped(const Grouped& job, const char* x, const Unpack& unpack, const Finish& finish) {
+    constexpr int64_t kBlocks = 8, kPanel = 8192;  // bytes of one block's panel
+    const int64_t token_tiles = (job.m + kTokens - 1) / kTokens, steps = job.all_k / job.tile_k;
+    const int64_t chunk = max_of(job.group, kPanel / job.line_bytes / job.group * job.group);
+    const int64_t panel_bytes = round_up(chunk * job.line_bytes, kTile), np = job.blocks * 16;
+    parallel((job.blocks + kBlocks - 1) / kBlocks, job.ns_per_block * kBlocks, [&](int64_t begin, int64_t end) {
+        const Registers registers(2, min_of(job.m, kTokens), job.tile_k == 32 && job.line_bytes == 16 ? 32 : 64);
+        auto* panel = static_cast<char*>(scratch(kSlotPanel, kBlocks * panel_bytes));
+        auto* sums = static_cast<float*>(scratch(kSlotOut, (token_tiles + 1) * kBlocks * kTile));
+        for (int64_t first = begin * kBlocks; first < min_of(end * kBlocks, job.blocks); first += kBlocks) {
+            const int64_t blocks = min_of(kBlocks, job.blocks - first);
+            for (int64_t k = 0; k < job.all_k; k += chunk) {
+                const int64_t count = min_of(chunk, job.all_k - k), groups = (count + job.group - 1) / job.group;
+                const float* scale = job.scale + k / job.group * np + first * 16;
+                for (int64_t b = 0; b < blocks; ++b) unpack(panel + b * panel_bytes, first + b, k, count);
+                for (int64_t i = 0; i < token_tiles; i += 2) {
+                    const bool two = i + 1 < token_tiles;
+                    float *sums0 = sums + i * kBlocks * 256, *sums1 = sums0 + kBlocks * 256;
+                    Operands o{};
+                    o.a0 = x + (i * steps + k / job.tile_k) * kTile;
+                    o.a1 = o.a0 + steps * kTile;
+                    o.b = panel;
+                    o.steps = job.group / job.tile_k;
+                    o.b_step = job.tile_k * job.line_bytes;
+                    o.plane = job.plane;
+                    for (int64_t b = 0; b < blocks; ++b, o.b += panel_bytes) {
+                        if (two)
+                            add_groups_of<Product, true>(k == 0, sums0 + b * 256, sums1 + b * 256, o, scale + b * 16,
+                                                         np, groups);
+                        else
+                            add_groups_of<Product, false>(k == 0, sums0 + b * 256, nullptr, o, scale + b * 16, np,
+                                                          groups);
+                    }
+                    if (k + count < job.all_k) continue;
+                    finish(i, first, blocks, sums0);
+                    if (two) finish(i + 1, first, blocks, sums1);
+                }
+            }
+        }
+    });
 }
 
 // Rows of int8 [m, k] as A tiles [token tiles, steps][16][bytes]: zero past k and past m. `bytes` is 64 or 32.
 static inline void tiles_of_x(int8_t* tiles, const int8_t* x, int64_t stride_xm, int64_t m, int64_t k, int64_t steps,
-                       int64_t bytes) {
+                              int64_t bytes) {
     const int64_t token_tiles = (m + kTokens - 1) / kTokens;
     parallel(token_tiles, kTokens * k * 0.1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * kTokens; i < end * kTokens; ++i) {

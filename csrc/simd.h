@@ -1,8 +1,9 @@
 // Vectors of 16 lanes over the registers of the ISA that a file is compiled for. A lane is an output row: the packings
 // rows16_* (formats/layout.py) hold 16 rows side by side, so sums need no step across lanes.
 //
-// Everything here is static or lives in the namespace of the ISA, and nothing of the standard library with a body is used:
-// the linker keeps one copy of an inline function for all, and it must not be one that only the newest CPU can run.
+// Everything here is static or lives in the namespace of the ISA, and nothing of the standard library with a body is
+// used: the linker keeps one copy of an inline function for all, and it must not be one that only the newest CPU can
+// run.
 #pragma once
 
 #include "scalar.h"

@@ -47,9 +47,7 @@ PERCARD_INLINE F32 round(F32 x) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, kNearest), _mm256_round_ps(x.b, kNearest)};
 }
-PERCARD_INLINE F32 fma(F32 x, F32 y, F32 z) {
-    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
-}
+PERCARD_INLINE F32 fma(F32 x, F32 y, F32 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 PERCARD_INLINE F32 madd(F32 x, F32 y, F32 z) { return fma(x, y, z); }
 PERCARD_INLINE I32 add(I32 x, I32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 PERCARD_INLINE I32 sub(I32 x, I32 y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
@@ -171,8 +169,8 @@ struct DotU4 {
     }
 };
 
-// vpmaddubsw would saturate on full int8, so both sides widen to int16: exact. A line becomes the inputs 0, 2 and the inputs
-// 1, 3 of each row as pairs of int16, by shifts within a lane; x is written in the same order.
+// vpmaddubsw would saturate on full int8, so both sides widen to int16: exact. A line becomes the inputs 0, 2 and the
+// inputs 1, 3 of each row as pairs of int16, by shifts within a lane; x is written in the same order.
 struct DotS8 {
     struct Wide {
         I32 even, odd;

@@ -43,8 +43,12 @@ PERCARD_INLINE F32 round(F32 a) { PERCARD_LANES(F32, __builtin_rintf(a.v[i])); }
 PERCARD_INLINE F32 fma(F32 a, F32 b, F32 c) { PERCARD_LANES(F32, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
 // a * b + c, rounded once or twice, whichever is faster.
 PERCARD_INLINE F32 madd(F32 a, F32 b, F32 c) { PERCARD_LANES(F32, a.v[i] * b.v[i] + c.v[i]); }
-PERCARD_INLINE I32 add(I32 a, I32 b) { PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + b.v[i])); }
-PERCARD_INLINE I32 sub(I32 a, I32 b) { PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - b.v[i])); }
+PERCARD_INLINE I32 add(I32 a, I32 b) {
+    PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + b.v[i]));
+}
+PERCARD_INLINE I32 sub(I32 a, I32 b) {
+    PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - b.v[i]));
+}
 PERCARD_INLINE I32 bit_and(I32 a, I32 b) { PERCARD_LANES(I32, a.v[i] & b.v[i]); }
 template <int kBits>
 PERCARD_INLINE I32 shift_right(I32 a) {  // logical
@@ -67,7 +71,9 @@ PERCARD_INLINE bool all_at_most(F32 a, float bound) {  // false for NaN
     for (int i = 0; i < 16; ++i) all = all && a.v[i] <= bound;
     return all;
 }
-PERCARD_INLINE F32 load_as_f32(const void* p, int64_t at, int dtype) { PERCARD_LANES(F32, load_float(p, at + i, dtype)); }
+PERCARD_INLINE F32 load_as_f32(const void* p, int64_t at, int dtype) {
+    PERCARD_LANES(F32, load_float(p, at + i, dtype));
+}
 PERCARD_INLINE void store_as(void* p, int64_t at, int dtype, F32 a) {
     for (int i = 0; i < 16; ++i) store_float(p, at + i, dtype, a.v[i]);
 }
@@ -77,8 +83,8 @@ PERCARD_INLINE void store_i8(int8_t* p, I32 a) {  // lanes within int8
 PERCARD_INLINE I32 load_i8(const int8_t* p) { PERCARD_LANES(I32, p[i]); }  // 16 int8
 PERCARD_INLINE void prefetch(const void*) {}
 
-// 4-bit codes of a line as floats, minus 8 and their zero points: exact. `at<kShift>` takes the nibble at that bit of each
-// 32-bit lane.
+// 4-bit codes of a line as floats, minus 8 and their zero points: exact. `at<kShift>` takes the nibble at that bit of
+// each 32-bit lane.
 template <bool kZero>
 struct Codes {
     I32 from = set_i32(8);
@@ -120,8 +126,8 @@ struct DotU4 {
     I32 sum() const { return acc; }
 };
 
-// int32 sums of int8 times int8: 16 rows, 4 inputs a step. Wide is a line as the multiplication wants it; kXBytes are the
-// bytes of 4 inputs as `widen_x` writes them; the sum comes out too large by kOffset times the sum of the inputs.
+// int32 sums of int8 times int8: 16 rows, 4 inputs a step. Wide is a line as the multiplication wants it; kXBytes are
+// the bytes of 4 inputs as `widen_x` writes them; the sum comes out too large by kOffset times the sum of the inputs.
 struct DotS8 {
     using Wide = Bytes;
     static constexpr int64_t kXBytes = 4, kOffset = 0;

@@ -3,12 +3,13 @@
 //   weights rows16_k4_w4, a line = 16 rows x 8 inputs               lanes = 16 output rows
 //   8 vectors of 16 codes, as floats   x   1 activation, broadcast   ->   16 sums
 //
-// Few tokens: the weights stream through once, the sum of a group is scaled at its end. More: kChunk inputs of 16 rows are
-// made whole (scale included) in the L1 and meet all tokens. With AMX and more than a few tokens: bf16 tiles, where code -
-// zero is exact and x is the sum of one (bf16), two (fp16) or three (fp32) bf16 numbers, so the products are exact too.
+// Few tokens: the weights stream through once, the sum of a group is scaled at its end. More: kChunk inputs of 16 rows
+// are made whole (scale included) in the L1 and meet all tokens. With AMX and more than a few tokens: bf16 tiles, where
+// code - zero is exact and x is the sum of one (bf16), two (fp16) or three (fp32) bf16 numbers, so the products are
+// exact too.
 //
-// Rows of x that are very small or very large are brought near 1 by a power of two first, so that the sum of a group can
-// neither overflow before its scale nor vanish in tiles that flush subnormal numbers.
+// Rows of x that are very small or very large are brought near 1 by a power of two first, so that the sum of a group
+// can neither overflow before its scale nor vanish in tiles that flush subnormal numbers.
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
@@ -39,7 +40,7 @@ static float bring_near_one(const Job& j, int64_t m) {
         most = max(abs(load_part_as(j.a.x, m * j.a.stride_xm + k, j.a.x_dtype, j.a.k - k)), most);
     const float absmax = largest(most);
     float up = 1.0f;
-    if (absmax > 0.0f && absmax < 5.4e-20f) up = 1.8446744073709552e19f;                  // 2^-64, 2^64
+    if (absmax > 0.0f && absmax < 5.4e-20f) up = 1.8446744073709552e19f;  // 2^-64, 2^64
     if (absmax > 1.8446744073709552e19f && absmax <= 3.4028234663852886e38f) up = 5.421010862427522e-20f;  // 2^-64
     j.factor[m] = 1.0f / up;
     return up;
@@ -183,11 +184,12 @@ static void many_tokens(const Job& j) {
 }
 
 #ifdef PERCARD_ISA_amx_int8
-// The bf16 number of code - 8 - zero, by a look-up of 16-bit words: a shift brings the nibble of both inputs of a pair to
-// the low bits. In a lane (row) the nibbles of a line stand as inputs 0 4 1 5 | 2 6 3 7, lowest first, so the pairs are
+// The bf16 number of code - 8 - zero, by a look-up of 16-bit words: a shift brings the nibble of both inputs of a pair
+// to the low bits. In a lane (row) the nibbles of a line stand as inputs 0 4 1 5 | 2 6 3 7, lowest first, so the pairs
+// are
 //     shift 0: (0, 2)    shift 4: (4, 6)    shift 8: (1, 3)    shift 12: (5, 7)
-// which is the order that `tiles_of_x` gives the inputs. The look-up reads 5 bits: without zero points the fifth belongs to
-// the next nibble and does not matter, with them it is the sign.
+// which is the order that `tiles_of_x` gives the inputs. The look-up reads 5 bits: without zero points the fifth
+// belongs to the next nibble and does not matter, with them it is the sign.
 template <bool kZero>
 struct Pairs {
     __m512i table, from;
@@ -225,7 +227,8 @@ static void unpack_bf16(const Job& j, char* to, int64_t b, int64_t k, int64_t co
     }
 }
 
-// x as A tiles [planes, token tiles, steps][16 tokens][32 inputs] of bf16, each plane the leading 8 bits of what is left.
+// x as A tiles [planes, token tiles, steps][16 tokens][32 inputs] of bf16, each plane the leading 8 bits of what is
+// left.
 template <int kPlanes>
 static void tiles_of_x(const Job& j, char* tiles, int64_t steps, int64_t plane) {
     alignas(64) uint16_t order[32];
@@ -238,8 +241,9 @@ static void tiles_of_x(const Job& j, char* tiles, int64_t steps, int64_t plane) 
             for (int64_t s = 0; s < steps; ++s, to += amx::kTile) {
                 F32 rest[2] = {set_f32(0.0f), set_f32(0.0f)};
                 for (int h = 0; h < 2 && m < j.a.m; ++h)
-                    rest[h] = mul(load_part_as(j.a.x, m * j.a.stride_xm + s * 32 + h * 16, j.a.x_dtype,
-                                               j.a.k - s * 32 - h * 16), up);
+                    rest[h] = mul(
+                        load_part_as(j.a.x, m * j.a.stride_xm + s * 32 + h * 16, j.a.x_dtype, j.a.k - s * 32 - h * 16),
+                        up);
                 for (int p = 0; p < kPlanes; ++p) {
                     __m256i half[2];
                     for (int h = 0; h < 2; ++h) {
@@ -261,31 +265,30 @@ static void tiles_of_x(const Job& j, char* tiles, int64_t steps, int64_t plane) 
 
 template <int kPlanes>
 static void by_tiles(const Job& j) {
-    using amx::kTile;
-    constexpr int64_t kTileChunk = 512;
     const MatmulW4A16& a = j.a;
-    const int64_t all_k = round_up(a.k, 32), steps = all_k / 32, group = j.groups == 1 ? all_k : a.group;
-    const int64_t token_tiles = (a.m + 15) / 16, plane = token_tiles * steps * kTile;
-    const int64_t chunk = max_of(group, kTileChunk / group * group);
+    const int64_t all_k = round_up(a.k, 32), steps = all_k / 32, token_tiles = (a.m + 15) / 16;
+    const int64_t plane = token_tiles * steps * amx::kTile;
     auto* x = static_cast<char*>(scratch(kSlotX, kPlanes * plane));
     tiles_of_x<kPlanes>(j, x, steps, plane);
-    parallel(j.np / 16, j.block_bytes * 0.3 + token_tiles * steps * kPlanes * 10, [&](int64_t begin, int64_t end) {
-        const amx::Registers registers(min_of(a.m, 16), 64);
-        auto* panel = static_cast<char*>(scratch(kSlotPanel, round_up(chunk, 32) * 32));
-        auto* sums = static_cast<float*>(scratch(kSlotOut, token_tiles * 256 * 4));
-        for (int64_t b = begin; b < end; ++b) {
-            std::memset(sums, 0, token_tiles * 256 * 4);
-            for (int64_t k = 0; k < all_k; k += chunk) {
-                const int64_t count = min_of(chunk, all_k - k);
-                a.zero ? unpack_bf16<true>(j, panel, b, k, count) : unpack_bf16<false>(j, panel, b, k, count);
-                for (int64_t i = 0; i < token_tiles; ++i)
-                    amx::add_groups<amx::ProductBf16<kPlanes>>(
-                        sums + i * 256, x + (i * steps + k / 32) * kTile, panel, a.scale + k / group * j.np + b * 16,
-                        j.np, (count + group - 1) / group, group / 32, kTile, plane);
-            }
-            for (int64_t m = 0; m < a.m; ++m) finish(j, m, b, load_f32(sums + m * 16), min_of(16, a.n - b * 16));
-        }
-    });
+    const amx::Grouped job{a.m,
+                           j.np / 16,
+                           all_k,
+                           32,
+                           j.groups == 1 ? all_k : a.group,
+                           plane,
+                           32,
+                           a.scale,
+                           j.block_bytes * 0.3 + token_tiles * steps * kPlanes * 10};
+    amx::multiply_grouped<amx::ProductBf16<kPlanes>>(
+        job, x,
+        [&](char* panel, int64_t b, int64_t k, int64_t count) {
+            a.zero ? unpack_bf16<true>(j, panel, b, k, count) : unpack_bf16<false>(j, panel, b, k, count);
+        },
+        [&](int64_t i, int64_t first, int64_t count, const float* sums) {
+            for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m)
+                for (int64_t b = 0; b < count; ++b)
+                    finish(j, m, first + b, load_f32(sums + b * 256 + m % 16 * 16), min_of(16, a.n - (first + b) * 16));
+        });
 }
 #endif
 
@@ -294,8 +297,8 @@ static void by_tiles(const Job& j) {
 void matmul_w4a16(const MatmulW4A16& a) {
     if (a.m == 0) return;
     auto* factor = static_cast<float*>(scratch(kSlotSums, a.m * 4));
-    const w4a16::Job job{a, factor, (a.k + a.group - 1) / a.group, round_up(a.k, 8) / 8, round_up(a.k, 128) * 8,
-                         round_up(a.n, 16)};
+    const w4a16::Job job{
+        a, factor, (a.k + a.group - 1) / a.group, round_up(a.k, 8) / 8, round_up(a.k, 128) * 8, round_up(a.n, 16)};
     if (a.m <= w4a16::kFew) return w4a16::few_tokens(job);
 #ifdef PERCARD_ISA_amx_int8
     if (job.groups == 1 || a.group % 32 == 0) {

@@ -3,9 +3,9 @@
 //   weights rows16_k4_w4            one step of 4 inputs             lanes = 16 output rows
 //   line: 16 rows x 8 inputs  ->    low or high nibbles, 0..15   x   4 activations, broadcast   ->   16 int32 sums
 //
-// -8 comes back as 8 times the sum of the activations of the group. Few tokens: the weights stream through once and their
-// nibbles are split on the way. More: a block of 16 rows is split once into a panel and meets all tokens. With AMX and more
-// than a few tokens: amx.h. Sums of a group are exact int32 on every ISA, so all give the same bits.
+// -8 comes back as 8 times the sum of the activations of the group. Few tokens: the weights stream through once and
+// their nibbles are split on the way. More: a block of 16 rows is split once into a panel and meets all tokens. With
+// AMX and more than a few tokens: amx.h. Sums of a group are exact int32 on every ISA, so all give the same bits.
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
@@ -24,6 +24,13 @@ struct Job {
     const int32_t* sums;  // [m, groups], 8 times the sum of a group
     int64_t groups, group_lines, lines, block_bytes, np;
 };
+
+PERCARD_INLINE void finish(const MatmulW4A8& a, int64_t m, int64_t b, F32 sum) {
+    const int64_t count = min_of(16, a.n - b * 16);
+    F32 y = mul(sum, set_f32(a.sx[m]));
+    if (a.bias) y = add(y, load_part(a.bias + b * 16, count));
+    store_part(a.y, m * a.n + b * 16, a.y_dtype, y, count);
+}
 
 template <int T, int kLines, bool kPacked>
 PERCARD_INLINE void dot_lines(I32 (&acc)[T], const uint8_t* w, const int8_t* x, int64_t stride_x) {
@@ -72,12 +79,7 @@ static void tile(const Job& j, const uint8_t* w, int64_t b, int64_t m) {
         const F32 scale = load_f32(j.a.scale + g * j.np + b * 16);
         for (int t = 0; t < T; ++t) sum[t] = fma(to_f32(acc[t]), scale, sum[t]);
     }
-    const int64_t count = min_of(16, j.a.n - b * 16);
-    for (int t = 0; t < T; ++t) {
-        F32 y = mul(sum[t], set_f32(j.a.sx[m + t]));
-        if (j.a.bias) y = add(y, load_part(j.a.bias + b * 16, count));
-        store_part(j.a.y, (m + t) * j.a.n + b * 16, j.a.y_dtype, y, count);
-    }
+    for (int t = 0; t < T; ++t) finish(j.a, m + t, b, sum[t]);
 }
 
 template <int T, bool kPacked>
@@ -124,45 +126,32 @@ static void unpack_s8(int8_t* to, const uint8_t* w, int64_t lines) {
     }
 }
 
-static void store_tile(const MatmulW4A8& a, const float* sums, int64_t i, int64_t b) {
-    const int64_t count = min_of(16, a.n - b * 16);
-    const F32 bias = a.bias ? load_part(a.bias + b * 16, count) : set_f32(0.0f);
-    for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m, sums += 16) {
-        F32 y = mul(load_f32(sums), set_f32(a.sx[m]));
-        if (a.bias) y = add(y, bias);
-        store_part(a.y, m * a.n + b * 16, a.y_dtype, y, count);
-    }
-}
-
-// A block of 16 rows and kChunk inputs is unpacked into the L1 and meets all tokens; sums of tokens wait in memory for the
-// next inputs. A tile ends where a group ends, so its int32 sums are scaled before the next group comes.
+// A tile ends where a group ends, so that its int32 sums are scaled before the next group comes.
 static void by_tiles(const MatmulW4A8& a) {
     using amx::kTile;
-    constexpr int64_t kChunk = 1024;
     const bool one = a.group >= a.k;
-    const int64_t tile_k = one || a.group % 64 == 0 ? 64 : 32, group = one ? round_up(a.k, 64) : a.group;
-    const int64_t steps = (a.k + tile_k - 1) / tile_k, token_tiles = (a.m + 15) / 16, np = round_up(a.n, 16);
-    const int64_t block_bytes = round_up(a.k, 128) * 8, panel_k = round_up(group, kChunk);
+    const int64_t tile_k = one || a.group % 64 == 0 ? 64 : 32, all_k = round_up(a.k, tile_k), steps = all_k / tile_k;
+    const int64_t token_tiles = (a.m + 15) / 16, blocks = (a.n + 15) / 16, block_bytes = round_up(a.k, 128) * 8;
     auto* x = static_cast<int8_t*>(scratch(kSlotX, token_tiles * steps * kTile));
     amx::tiles_of_x(x, a.xq, a.stride_xm, a.m, a.k, steps, tile_k);
-    parallel(np / 16, block_bytes * 0.3 + token_tiles * steps * 12, [&](int64_t begin, int64_t end) {
-        const amx::Registers registers(min_of(a.m, 16), tile_k);
-        auto* panel = static_cast<int8_t*>(scratch(kSlotPanel, panel_k * 16));
-        auto* sums = static_cast<float*>(scratch(kSlotOut, token_tiles * 256 * 4));
-        for (int64_t b = begin; b < end; ++b) {
-            std::memset(sums, 0, token_tiles * 256 * 4);
-            for (int64_t k = 0, stop; k < a.k; k = stop) {
-                stop = min_of(a.k, k + max_of(group, kChunk / group * group));
-                unpack_s8(panel, a.w + b * block_bytes + k * 8, round_up(stop - k, tile_k) / 8);
-                for (int64_t i = 0; i < token_tiles; ++i)
-                    amx::add_groups<amx::ProductS8>(
-                        sums + i * 256, reinterpret_cast<const char*>(x + (i * steps + k / tile_k) * kTile),
-                        reinterpret_cast<const char*>(panel), a.scale + k / group * np + b * 16, np,
-                        (stop - k + group - 1) / group, group / tile_k, tile_k * 16, 0);
-            }
-            for (int64_t i = 0; i < token_tiles; ++i) store_tile(a, sums + i * 256, i, b);
-        }
-    });
+    const amx::Grouped job{a.m,
+                           blocks,
+                           all_k,
+                           tile_k,
+                           one ? all_k : a.group,
+                           0,
+                           16,
+                           a.scale,
+                           block_bytes * 0.3 + token_tiles * steps * 12};
+    amx::multiply_grouped<amx::ProductS8>(
+        job, reinterpret_cast<const char*>(x),
+        [&](char* panel, int64_t b, int64_t k, int64_t count) {
+            unpack_s8(reinterpret_cast<int8_t*>(panel), a.w + b * block_bytes + k * 8, count / 8);
+        },
+        [&](int64_t i, int64_t first, int64_t count, const float* sums) {
+            for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m)
+                for (int64_t b = 0; b < count; ++b) finish(a, m, first + b, load_f32(sums + b * 256 + m % 16 * 16));
+        });
 }
 #endif
 
@@ -188,8 +177,9 @@ void matmul_w4a8(const MatmulW4A8& a) {
             std::memset(padded + m * stride_x + a.k, 0, stride_x - a.k);
         }
     });
-    const w4a8::Job job{a,     whole ? a.xq : padded, stride_x, sums, groups, groups == 1 ? lines : a.group / 8,
-                        lines, round_up(a.k, 128) * 8, round_up(a.n, 16)};
+    const w4a8::Job job{
+        a,     whole ? a.xq : padded,  stride_x,         sums, groups, groups == 1 ? lines : a.group / 8,
+        lines, round_up(a.k, 128) * 8, round_up(a.n, 16)};
     const int64_t blocks = job.np / 16;
     parallel(blocks, job.block_bytes * 0.1 + a.m * a.k * 16 / kIntMacsPerNs,
              [&](int64_t begin, int64_t end) { w4a8::blocks(job, begin, end); });

@@ -3,8 +3,9 @@
 //   weights rows16_k4_w8, one line = one step of 4 inputs           lanes = 16 output rows
 //   line: 16 rows x 4 inputs   x   4 activations, broadcast   ->   16 int32 sums
 //
-// simd.h says how an ISA multiplies int8 by int8 exactly, and what that asks of both sides ("wide"). Few tokens: the weights
-// stream through once. More: a block of 16 rows is widened once into a panel and meets all tokens. With AMX: amx.h.
+// simd.h says how an ISA multiplies int8 by int8 exactly, and what that asks of both sides ("wide"). Few tokens: the
+// weights stream through once. More: a block of 16 rows is widened once into a panel and meets all tokens. With AMX:
+// amx.h.
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
@@ -20,7 +21,7 @@ constexpr int64_t kWideBytes = sizeof(DotS8::Wide), kXBytes = DotS8::kXBytes;
 
 struct Job {
     const MatmulW8A8& a;
-    const char* x;  // [m, lines, kXBytes], as DotS8 wants it
+    const char* x;        // [m, lines, kXBytes], as DotS8 wants it
     const int32_t* sums;  // [m], what a sum comes out too large by
     int64_t lines, block_bytes;
 };
@@ -45,7 +46,8 @@ static void tile(const Job& j, const char* w, int64_t b, int64_t m) {
     DotS8 dot[T];
     for (int t = 0; t < T; ++t) dot[t].start(set_i32(-j.sums[m + t]));
     int64_t line = 0;
-    for (; line + 4 <= j.lines; line += 4) dot_lines<T, 4, kPacked>(dot, w + line * kLineBytes, x + line * kXBytes, stride_x);
+    for (; line + 4 <= j.lines; line += 4)
+        dot_lines<T, 4, kPacked>(dot, w + line * kLineBytes, x + line * kXBytes, stride_x);
     for (; line < j.lines; ++line) dot_lines<T, 1, kPacked>(dot, w + line * kLineBytes, x + line * kXBytes, stride_x);
     const int64_t count = min_of(16, j.a.n - b * 16);
     const F32 scale = load_f32(j.a.scale + b * 16);
@@ -98,7 +100,7 @@ static void by_tiles(const MatmulW8A8& a) {
         }
     };
     parallel((blocks + 1) / 2, block_bytes * 0.2 + token_tiles * steps * 20, [&](int64_t begin, int64_t end) {
-        const amx::Registers registers(min_of(a.m, 16), 64);
+        const amx::Registers registers(4, min_of(a.m, 16), 64);
         alignas(64) int32_t c[4 * 256];
         for (int64_t b = begin * 2; b < min_of(end * 2, blocks); b += 2) {
             const bool two_b = b + 1 < blocks;
@@ -107,13 +109,13 @@ static void by_tiles(const MatmulW8A8& a) {
                 const bool two_a = i + 1 < token_tiles;
                 const int8_t *a0 = x + i * steps * kTile, *a1 = a0 + steps * kTile;
                 if (two_a && two_b)
-                    amx::block_s8<true, true>(c, a0, a1, b0, b1, steps, kTile, kTile);
+                    amx::block_s8<true, true>(c, a0, a1, b0, b1, steps);
                 else if (two_a)
-                    amx::block_s8<true, false>(c, a0, a1, b0, b1, steps, kTile, kTile);
+                    amx::block_s8<true, false>(c, a0, a1, b0, b1, steps);
                 else if (two_b)
-                    amx::block_s8<false, true>(c, a0, a1, b0, b1, steps, kTile, kTile);
+                    amx::block_s8<false, true>(c, a0, a1, b0, b1, steps);
                 else
-                    amx::block_s8<false, false>(c, a0, a1, b0, b1, steps, kTile, kTile);
+                    amx::block_s8<false, false>(c, a0, a1, b0, b1, steps);
                 store(c, i, b);
                 if (two_b) store(c + 256, i, b + 1);
                 if (two_a) store(c + 512, i + 1, b);

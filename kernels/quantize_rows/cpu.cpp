@@ -1,7 +1,8 @@
-// quantize_rows: scale[m] = absmax(x[m, :]) / 127, q = round_half_even(x * (127 / absmax)), row_sum[m] = sum of q[m, :].
+// quantize_rows: scale[m] = absmax(x[m, :]) / 127, q = round_half_even(x * (127 / absmax)), row_sum[m] = sum of q[m,
+// :].
 //
-// Two passes over a row that stays in the cache: the largest absolute value, then the codes. Only steps that round the same
-// way everywhere are used (one division, one product per number), so all ISAs give the same bits.
+// Two passes over a row that stays in the cache: the largest absolute value, then the codes. Only steps that round the
+// same way everywhere are used (one division, one product per number), so all ISAs give the same bits.
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
@@ -10,7 +11,7 @@ namespace percard {
 namespace PERCARD_ISA {
 namespace quantize {
 
-constexpr float kTiny = 7.888609052210118e-31f;    // 2^-100: less counts as a row of zeros
+constexpr float kTiny = 7.888609052210118e-31f;     // 2^-100: less counts as a row of zeros
 constexpr float kLargest = 3.4028234663852886e38f;  // of fp32
 
 PERCARD_INLINE void row(const QuantizeRows& a, int64_t m, int dtype) {
