@@ -90,6 +90,13 @@ BENCH_SLOT_HELP = """One command for a card that is free for ten minutes: agreem
 Exit code 0 complete, 4 a kernel disagrees with its reference, 5 cut but valid (time, SIGTERM, lost card).
 """
 
+BENCH_REPORT_HELP = """The tables of records that `bench model`, `bench ops`, `bench slot` or `demo` wrote.
+
+\b
+  percard bench report out/demo
+  percard bench report bench/results/demo.jsonl --readme README.md     the block between <!-- demo --> and <!-- /demo -->
+"""
+
 INSPECT_HELP = """Compile the Triton kernels for other cards, without a card: registers, spills, MMA kind, shared memory.
 
 \b
@@ -144,7 +151,7 @@ def root(
     if as_json:  # `percard --json verb` means `percard verb --json`
         verbs = ("quantize", "verify", "generate", "doctor", "inspect", "demo")
         context.default_map = {verb: {"as_json": True} for verb in verbs} | {
-            "bench": {name: {"as_json": True} for name in ("model", "ops", "slot")}
+            "bench": {name: {"as_json": True} for name in ("model", "ops", "slot", "report")}
         }
 
 
@@ -315,6 +322,25 @@ def bench_slot(
     if code != console.BAD_INPUT:
         console.emit_json(slot.manifest(out)) if as_json else console.show(f"{out}/report.md")
     raise typer.Exit(code)
+
+
+@bench_app.command("report", help=BENCH_REPORT_HELP, short_help="Tables of records, once more.")
+def bench_report(
+    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="Records as JSONL, or a folder with records.jsonl.")],
+    readme: Annotated[Path | None, typer.Option(help="Write the table of model runs into this file's block.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    records = compose.read_records(path)
+    if readme is not None:
+        compose.write_block(readme, records)
+    if as_json:
+        for record in records:
+            print(record.to_json(), flush=True)
+    else:
+        for part in compose.show_records(records):
+            console.show(part)
 
 
 @app.command(help=DOCTOR_HELP, short_help="What serves on this machine, and what does not.")

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from .bench import engine, quality
+from .bench import engine, quality, slot_report
 from .bench import model as bench_module
+from .bench import record as record_module
 from .bench import report as bench_report
 from .bench.record import Record
 from .console import DONE, GATE_RED
@@ -286,9 +287,46 @@ def bench_model(
 
 
 def show_records(records: Sequence[Record]) -> list[RenderableType]:
-    """The table of a model run with its footnotes."""
-    notes = [f"- {words}" for words in bench_report.footnotes(records)]
-    return [bench_report.table(bench_report.rows(records), bench_report.title(records)), *notes]
+    """The tables of records: model runs with their footnotes, then ops."""
+    models = [record for record in records if record.level == "model"]
+    parts: list[RenderableType] = []
+    if models:
+        parts.append(bench_report.table(bench_report.rows(models), bench_report.title(models)))
+        parts += [f"- {words}" for words in bench_report.footnotes(models)]
+    if any(record.level == "op" for record in records):
+        parts.append(slot_report.of_records(records))
+    return parts
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a JSONL file, or of `records.jsonl` in a folder. FormatError when there are none."""
+    file = Path(path) / "records.jsonl" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FormatError(f"{file}: not there; give a JSONL file of records, or the folder that a bench wrote")
+    records = list(record_module.read(file))
+    if not records:
+        raise FormatError(f"{file}: holds no record")
+    return records
+
+
+BLOCK = re.compile(r"(<!-- demo -->\n).*?(<!-- /demo -->)", re.DOTALL)
+
+
+def block(records: Sequence[Record]) -> str:
+    """The table of a model run as it stands in the readme, with the machine in its title and the footnotes below."""
+    when = records[0].ts[:10]
+    return bench_report.markdown(
+        bench_report.rows(records), f"{bench_report.title(records)} ({when})", bench_report.footnotes(records)
+    )
+
+
+def write_block(readme: str | Path, records: Sequence[Record]) -> None:
+    """Puts the table of a model run between the two comments of a markdown file."""
+    path = Path(readme)
+    text = path.read_text(encoding="utf-8")
+    if not BLOCK.search(text):
+        raise FormatError(f"{path}: has no <!-- demo --> and <!-- /demo --> to write between; add both lines")
+    path.write_text(BLOCK.sub(lambda match: match[1] + block(records) + match[2], text), encoding="utf-8")
 
 
 SPECS = ("w8a8", "w4a16-g64", "w4a8-g64")
