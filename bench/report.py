@@ -278,8 +278,11 @@ def picture(found: Sequence[Row], path: Path, heading: str) -> tuple[bool, str]:
         rate, top1 = row.decode_tok_s or {}, 100 * (row.top1 or 0.0)
         spread = [[rate["median"] - rate["lo"]], [rate["hi"] - rate["median"]]]
         axes.errorbar(rate["median"], top1, xerr=spread, color="gray", capsize=3, zorder=1)
-        axes.scatter(rate["median"], top1, s=40 + 360 * (row.size_bytes or 0) / largest, alpha=0.7, zorder=2)
-        axes.annotate(row.spec, (rate["median"], top1), xytext=(8, 8), textcoords="offset points")
+        size = 40 + 360 * (row.size_bytes or 0) / largest
+        axes.scatter(rate["median"], top1, s=size, alpha=0.7, zorder=2, label=row.spec)
+    # A legend and not labels at the points: specs of like quality lie too close for those.
+    for handle in axes.legend(title="area: bytes held", loc="best").legend_handles:
+        handle.set_sizes([60])
     axes.set_xlabel("decode, tokens per second (bar: spread over rounds)")
     axes.set_ylabel("top-1 agreement with 16 bits, %")
     axes.set_title(heading, fontsize=8, wrap=True)
