@@ -137,19 +137,26 @@ static void make_whole(const Job& j, float* panel, int64_t b, int64_t k, int64_t
     }
 }
 
-// sums[T][16] += x[count][T] times panel[count][16].
-PERCARD_INLINE void multiply(float* sums, const float* x, const float* panel, int64_t count) {
-    constexpr int T = kFloatTokens;
-    F32 sum[T];
+// sums[kUsed][16] += x[count][T] times panel[count][16], where the first kUsed of T tokens count. Not inlined: alone it keeps
+// all sums in registers.
+template <int kUsed>
+__attribute__((noinline)) static void multiply(float* sums, const float* x, const float* panel, int64_t count) {
+    F32 sum[kUsed];
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) sum[t] = load_f32(sums + t * 16);
-    for (int64_t k = 0; k < count; ++k) {
-        const F32 w = load_f32(panel + k * 16);
+    for (int t = 0; t < kUsed; ++t) sum[t] = load_f32(sums + t * 16);
+    for (int64_t k = 0; k < count; ++k, x += kFloatTokens, panel += 16) {
+        const F32 w = load_f32(panel);
 #pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) sum[t] = madd(w, set_f32(x[k * T + t]), sum[t]);
+        for (int t = 0; t < kUsed; ++t) sum[t] = madd(w, set_f32(x[t]), sum[t]);
     }
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) store_f32(sums + t * 16, sum[t]);
+    for (int t = 0; t < kUsed; ++t) store_f32(sums + t * 16, sum[t]);
+}
+
+template <int kUsed>
+PERCARD_INLINE void multiply_part(float* sums, const float* x, const float* panel, int64_t count, int64_t used) {
+    if (used >= kUsed) return multiply<kUsed>(sums, x, panel, count);
+    if constexpr (kUsed > 1) multiply_part<kUsed - 1>(sums, x, panel, count, used);
 }
 
 static void many_tokens(const Job& j) {
@@ -168,17 +175,35 @@ static void many_tokens(const Job& j) {
             }
         }
     });
-    parallel(j.np / 16, j.block_bytes * 0.5 + j.a.m * j.a.k * 16 / kFloatMacsPerNs, [&](int64_t begin, int64_t end) {
+    // A part of x of kTiles tiles and kChunk inputs stays in the L2 and meets kBlocks panels.
+    constexpr int64_t kTiles = 32, kBlocks = 4;
+    const int64_t blocks = j.np / 16;
+    const double ns = j.block_bytes * 0.5 + j.a.m * j.a.k * 16 / kFloatMacsPerNs;
+    parallel((blocks + kBlocks - 1) / kBlocks, ns * kBlocks, [&](int64_t begin, int64_t end) {
         auto* panel = static_cast<float*>(scratch(kSlotPanel, kChunk * 16 * 4));
-        auto* sums = static_cast<float*>(scratch(kSlotOut, tiles * T * 16 * 4));
-        for (int64_t b = begin; b < end; ++b) {
-            std::memset(sums, 0, tiles * T * 16 * 4);
-            for (int64_t k = 0; k < all_k; k += kChunk) {
-                const int64_t count = min_of(kChunk, all_k - k);
-                j.a.zero ? make_whole<true>(j, panel, b, k, count) : make_whole<false>(j, panel, b, k, count);
-                for (int64_t i = 0; i < tiles; ++i) multiply(sums + i * T * 16, x + (i * all_k + k) * T, panel, count);
+        auto* sums = static_cast<float*>(scratch(kSlotOut, kBlocks * kTiles * T * 16 * 4));
+        for (int64_t first = begin * kBlocks; first < min_of(end * kBlocks, blocks); first += kBlocks) {
+            const int64_t count_b = min_of(kBlocks, blocks - first);
+            for (int64_t tile = 0; tile < tiles; tile += kTiles) {
+                const int64_t count_i = min_of(kTiles, tiles - tile);
+                for (int64_t b = 0; b < count_b; ++b) std::memset(sums + b * kTiles * T * 16, 0, count_i * T * 64);
+                for (int64_t k = 0; k < all_k; k += kChunk) {
+                    const int64_t count = min_of(kChunk, all_k - k);
+                    for (int64_t b = 0; b < count_b; ++b) {
+                        if (j.a.zero)
+                            make_whole<true>(j, panel, first + b, k, count);
+                        else
+                            make_whole<false>(j, panel, first + b, k, count);
+                        for (int64_t i = 0; i < count_i; ++i)
+                            multiply_part<T>(sums + (b * kTiles + i) * T * 16, x + ((tile + i) * all_k + k) * T, panel,
+                                             count, j.a.m - (tile + i) * T);
+                    }
+                }
+                for (int64_t m = tile * T; m < min_of(j.a.m, (tile + count_i) * T); ++m)
+                    for (int64_t b = 0; b < count_b; ++b)
+                        finish(j, m, first + b, load_f32(sums + (b * kTiles * T + m - tile * T) * 16),
+                               min_of(16, j.a.n - (first + b) * 16));
             }
-            for (int64_t m = 0; m < j.a.m; ++m) finish(j, m, b, load_f32(sums + m * 16), min_of(16, j.a.n - b * 16));
         }
     });
 }
