@@ -4,6 +4,7 @@
 #   make test        everything that needs no card                                                    (12 min, 2 cores)
 #   make test-full   the whole product of cases                                                       (75 min, 2 cores)
 #   make test-gpu    conformance of every Triton body on the card that is there
+#   make inspect-page  writes docs/inspect.md: what the compiler makes of the kernels, no card needed
 #   make lint        ruff, clang-format, mypy on the installed wheel
 #   make bench       the tests that take times
 #   make clean       removes .venv and everything built
@@ -21,6 +22,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 VENV := .venv
 BIN := $(VENV)/bin
+OLD_TRITON := $(VENV)/triton-3.6.0
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 8 ? n : 8 )))
 DEMO_FLAGS ?=
 
@@ -30,13 +32,13 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc formats kernels quant
 	-not -path 'bench/results*' -not -name '__pycache__' -not -name '*.pyc' 2>/dev/null)
 CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*/*.cpp kernels/*/*.h)
 
-# Tests run in parallel processes, so each of them gets one thread.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Tests run in parallel processes, so each of them gets one thread; tests that share something slow stay together.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: help demo test test-full test-gpu lint format bench clean setup
+.PHONY: help demo test test-full test-gpu inspect-page lint format bench clean setup
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.installed
 
@@ -66,8 +68,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST)
 
-test-full: $(VENV)/.installed
-	$(PYTEST) -m 'not gpu and not bench'
+test-full: $(VENV)/.installed $(OLD_TRITON)
+	PERCARD_TRITON=$$PWD/$(OLD_TRITON) $(PYTEST) -m 'not gpu and not bench'
+
+# The oldest Triton that the kernels support, beside the installed one; percard inspect --triton reads it.
+$(OLD_TRITON): | $(VENV)/.tools
+	-@rm -rf $@.part && $(PIP) install --no-deps --target $@.part triton==3.6.0 && mv $@.part $@
+
+inspect-page: $(VENV)/.installed $(OLD_TRITON)
+	$(BIN)/python -m percard.kernels.inspection --page docs/inspect.md --triton $(OLD_TRITON)
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \

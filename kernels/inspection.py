@@ -15,20 +15,21 @@ import argparse
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import machine_code
 from .device import H200, Card
 from .shapes import Case
 
@@ -38,12 +39,7 @@ ARCHS = {
     "sm_90": H200,
     "sm_100": Card("NVIDIA B200", 100, 148, 232448, 126 << 20),
 }
-MMA = re.compile(r"(HGMMA|IGMMA|QGMMA|HMMA|IMMA|UTC[A-Z]*MMA)\b")
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S[^;]*);")
-_PREDICATED = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+@")
-_WARPGROUP_SHAPE = re.compile(r"[HIQ]GMMA(?:\.SP)?\.(\d+)x(\d+)x(\d+)")
 _FREE = ("M", "K", "steps_per_split")  # parameters that the kernels do not specialise
-_WARP_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "16816.S8": (16, 8, 16)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class Expect:
     """What the machine code of an op must show; stands as EXPECT in its cases.py.
 
     quick: problems compiled in every test run; all problems: each of specs in the first of dtypes, the first in each. mma and weight_operand: by
-    architecture ("" for an op without MMA). ceilings: by architecture, then by BLOCK_M: instructions per weight.
+    architecture ("" for an op without MMA). ceilings: by architecture, then by BLOCK_M: instructions per weight for groups
+    of 128 and more, of 64, of 32.
     """
 
     quick: tuple[Case, ...]
@@ -59,7 +56,7 @@ class Expect:
     dtypes: tuple[torch.dtype, ...]
     mma: dict[str, str]
     weight_operand: dict[str, str]
-    ceilings: dict[str, dict[int, float]]
+    ceilings: dict[str, dict[int, tuple[float, ...]]]
 
     def of(self, field: str, arch: str, triton: str) -> Any:
         """What a field says of an architecture: under "sm_100 3.6" for one release of Triton, else under "sm_100"."""
@@ -97,134 +94,6 @@ class Job:
     index: int
 
 
-# ---- reading machine code -------------------------------------------------------------------------------------------
-
-
-def instructions(sass: str) -> list[tuple[int, bool, str]]:
-    """(address, predicated, text) of each instruction in what cuobjdump -sass prints."""
-    found = []
-    for line in sass.splitlines():
-        match = _INSTRUCTION.match(line)
-        if match:
-            found.append((int(match[1], 16), _PREDICATED.match(line) is not None, match[2].strip()))
-    return found
-
-
-def _blocks(code: list[tuple[int, bool, str]]) -> tuple[list[range], list[list[int]]]:
-    """Basic blocks (ranges of instruction numbers) and the blocks that each may go to."""
-    at = {address: i for i, (address, _, _) in enumerate(code)}
-    jumps: dict[int, int] = {}
-    ends: set[int] = set()
-    for i, (_, _, text) in enumerate(code):
-        name = text.split()[0].split(".")[0]
-        if name == "BRA":
-            target = re.search(r"(0x[0-9a-f]+)\s*$", text)
-            if target and int(target[1], 16) in at:
-                jumps[i] = at[int(target[1], 16)]
-        if name in ("BRA", "EXIT", "RET", "BRX"):
-            ends.add(i)
-    starts = sorted({0, *jumps.values(), *(i + 1 for i in ends if i + 1 < len(code))})
-    ranges = [range(a, b) for a, b in itertools.pairwise([*starts, len(code)])]
-    number = {r.start: b for b, r in enumerate(ranges)}
-    successors = []
-    for r in ranges:
-        last = r[-1]
-        _, predicated, text = code[last]
-        # a branch may also carry its condition as an operand: BRA.U UP0, 0x1230
-        conditional = predicated or "," in text
-        to = [number[jumps[last]]] if last in jumps else []
-        if (last not in ends or conditional) and last + 1 < len(code):
-            to.append(number[last + 1])
-        successors.append(to)
-    return ranges, successors
-
-
-def _dominators(successors: list[list[int]]) -> list[set[int]]:
-    """For each block, the blocks that every way to it passes."""
-    everything = set(range(len(successors)))
-    before: list[list[int]] = [[] for _ in successors]
-    for block, targets in enumerate(successors):
-        for target in targets:
-            before[target].append(block)
-    dominators = [{0}] + [set(everything) for _ in successors[1:]]
-    changed = True
-    while changed:
-        changed = False
-        for block in range(1, len(successors)):
-            new = set.intersection(*(dominators[b] for b in before[block])) if before[block] else set(everything)
-            new = new | {block}
-            if new != dominators[block]:
-                dominators[block], changed = new, True
-    return dominators
-
-
-def hot_loop(code: list[tuple[int, bool, str]]) -> list[str]:
-    """The instructions of the smallest loop that holds the most MMAs; empty when no loop holds one."""
-    if not code:
-        return []
-    ranges, successors = _blocks(code)
-    dominators = _dominators(successors)
-    before: list[list[int]] = [[] for _ in successors]
-    for block, targets in enumerate(successors):
-        for target in targets:
-            before[target].append(block)
-    best: tuple[int, int] = (0, 0)
-    body: list[str] = []
-    for tail, targets in enumerate(successors):
-        for head in targets:
-            if head not in dominators[tail]:
-                continue
-            inside, open_blocks = {head, tail}, [tail]
-            while open_blocks:
-                block = open_blocks.pop()
-                if block != head:
-                    new = [b for b in before[block] if b not in inside]
-                    inside.update(new)
-                    open_blocks += new
-            texts = [code[i][2] for b in sorted(inside) for i in ranges[b] if not code[i][2].startswith("NOP")]
-            score = (sum(MMA.match(t) is not None for t in texts), -len(texts))
-            if score[0] and score > best:
-                best, body = score, texts
-    return body
-
-
-def _multiply_adds(text: str, threads: int) -> float:
-    """Multiply-adds per thread of one MMA instruction; 0 for tcgen05, whose shape is in a descriptor."""
-    match = _WARPGROUP_SHAPE.match(text)
-    if match:
-        return int(match[1]) * int(match[2]) * int(match[3]) / 128
-    shape = re.match(r"[HI]MMA\.(\d+)", text)
-    if shape is None:
-        return 0.0
-    m, n, k = _WARP_SHAPES[shape[1]]
-    return m * n * k / 32
-
-
-def _steps(loop: list[str], step: tuple[int, int], block_m: int, threads: int) -> float:
-    """How many steps of the kernel one round of the hot loop is (the compiler may unroll)."""
-    rows, codes = step
-    done = sum(_multiply_adds(t, threads) for t in loop if MMA.match(t))
-    if done:
-        return done / (rows * codes * block_m / threads)
-    issued = [t for t in loop if t.startswith("UTC") and MMA.match(t)]
-    per_step = -(-rows // 128) * codes / (32 if issued and issued[0].startswith("UTCIMMA") else 16)
-    return len(issued) / per_step
-
-
-def _operand(mma: str, loop: list[str]) -> str:
-    """Where the left operand of the MMAs in the hot loop comes from."""
-    first = next(t for t in loop if MMA.match(t))
-    operands = [o.strip() for o in first.split(None, 1)[1].split(",")]
-    if mma.startswith("UTC"):
-        place = "tensor memory" if operands[0].startswith("tmem") else "shared memory"
-    elif mma.endswith("GMMA"):
-        place = "registers" if operands[1].startswith("R") else "shared memory"
-    else:
-        place = "registers"
-    stores = any(re.match(r"STSM?\b", t) for t in loop)
-    return f"{place} + stores to shared memory" if stores else place
-
-
 # ---- compiling ------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +102,7 @@ def describe(launch: Any) -> str:
     short = {"BLOCK_N": "n", "BLOCK_M": "m", "BLOCK_K": "k", "num_warps": "warps", "num_stages": "stages"}
     words = [launch.kernel.__name__.removesuffix("_kernel")]
     for key, value in launch.options.items():
-        if key in ("enable_fp_fusion", "RASTER", "USE_ASM"):
+        if key in ("enable_fp_fusion", "maxnreg", "RASTER", "USE_ASM"):
             continue
         if isinstance(value, bool):
             words += [key.lower()] if value else []
@@ -304,14 +173,14 @@ def measure(job: Job) -> Row:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     text = done.stdout + done.stderr
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
-    code = instructions(text)
-    loop = hot_loop(code)
-    kinds = sorted({match[1] for _, _, t in code if (match := MMA.match(t))})
+    code = machine_code.instructions(text)
+    loop = machine_code.hot_loop(code)
+    kinds = sorted({match[1] for _, _, t in code if (match := machine_code.MMA.match(t))})
     mma, operand, per_weight = "+".join(kinds), "none", None
     if loop:
         threads = 32 * launch.options["num_warps"]
-        steps = _steps(loop, launch.step, launch.options["BLOCK_M"], threads)
-        operand = _operand(kinds[0], loop)
+        steps = machine_code.steps(loop, launch.step, launch.options["BLOCK_M"], threads)
+        operand = machine_code.operand(kinds[0], loop)
         per_weight = round(len(loop) / (steps * launch.step[0] * launch.step[1] / threads), 2)
     return Row(
         job.op, describe(launch), job.arch, triton.__version__, usage["REG"], usage["STACK"], kernel.metadata.shared,
@@ -319,11 +188,41 @@ def measure(job: Job) -> Row:
     )  # fmt: skip
 
 
-def _enter(triton_at: str | None) -> None:
-    """First thing in a worker: no interpreter, and the Triton that was asked for."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    if triton_at is not None:
-        sys.path.insert(0, triton_at)
+def _work() -> None:
+    """A worker process: pickled jobs on stdin, a JSON line per job on stdout, `error` for what does not compile."""
+    for job in pickle.loads(sys.stdin.buffer.read()):
+        try:
+            answer: dict[str, Any] = asdict(measure(job))
+        except RuntimeError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def _distribute(work: list[Job], workers: int, triton_at: str | None) -> list[dict[str, Any]]:
+    """Rows of jobs from fresh Python processes: outside of the interpreter, with the Triton that was asked for first.
+
+    Fresh ones, since Triton's mode and version are settled when it is first imported, and this process may have done so.
+    """
+    path = [p for p in (triton_at, *sys.path) if p]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", f"from {__package__} import inspection; inspection._work()"]
+
+    def run(part: list[Job]) -> list[dict[str, Any]]:
+        done = subprocess.run(command, input=pickle.dumps(part), env=env, capture_output=True)
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        if len(answers) != len(part):
+            raise RuntimeError(f"a compiler process ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
+        return answers
+
+    workers = max(1, min(workers, len(work)))
+    parts = [work[i::workers] for i in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        answers = list(pool.map(run, parts))
+    rows = [answers[i % workers][i // workers] for i in range(len(work))]
+    wrong = [row["error"] for row in rows if "error" in row]
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+    return rows
 
 
 # ---- what to compile ------------------------------------------------------------------------------------------------
@@ -340,17 +239,17 @@ def expected(op: str) -> Expect:
 
 
 def problems(op: str, everything: bool) -> list[Case]:
-    """The quick problems of an op, or all that its heuristic tells apart: real layers, batches, specs, types, bias."""
+    """The quick problems of an op, or all that its heuristic tells apart: layers of real models at every bucket of M."""
     expect = expected(op)
     if not everything:
         return list(expect.quick)
     cases = importlib.import_module(f".{op}.cases", __package__).CASES
-    found = list(expect.quick)
+    layers = sorted({(case.n, case.k) for case in cases if case.real})
     kinds = [(spec, expect.dtypes[0]) for spec in expect.specs] + [(expect.specs[0], d) for d in expect.dtypes[1:]]
-    for case, (spec, dtype) in itertools.product(cases, kinds):
-        if case.real and case.spec == expect.quick[0].spec:
-            found.append(replace(case, name=f"{case.name}.{spec}.{dtype}", spec=spec, dtype=dtype))
-    return found
+    return list(expect.quick) + [
+        Case(f"m{1 << bucket}.n{n}.k{k}.{spec}.{dtype}", 1 << bucket, n, k, spec, dtype, small=False)
+        for (n, k), (spec, dtype), bucket in itertools.product(layers, kinds, range(15))
+    ]
 
 
 def jobs(ops: Sequence[str], archs: Sequence[str], everything: bool) -> list[Job]:
@@ -382,10 +281,7 @@ def inspect(
         unknown = [g for g in given if g not in known]
         if unknown:
             raise ValueError(f"no {kind} {', '.join(map(repr, unknown))} with a Triton body; known: {', '.join(known)}")
-    work = jobs(names, wanted, everything)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_enter, initargs=(triton_at,)) as pool:
-        return [asdict(row) for row in pool.map(measure, work)]
+    return _distribute(jobs(names, wanted, everything), workers, triton_at)
 
 
 def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -406,8 +302,8 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
             continue
         if row["weight_operand"] != operand:
             found.append(f"{where}: weight comes from {row['weight_operand']}, expected {operand}")
-        block_m = int(re.search(r" m(\d+)", row["config"])[1])  # type: ignore[index]
-        ceiling = ceilings[block_m]
+        tile, group = re.search(r" m(\d+)", row["config"]), re.search(r" group(32|64) ", row["config"])
+        ceiling = ceilings[int(tile[1])][{"64": 1, "32": 2}[group[1]] if group else 0]  # type: ignore[index]
         if row["instructions_per_weight"] is None or row["instructions_per_weight"] > ceiling:
             found.append(
                 f"{where}: {row['instructions_per_weight']} instructions per weight, expected at most {ceiling}"
@@ -416,11 +312,47 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/inspect.md."""
-    keys = list(Row.__dataclass_fields__)
-    lines = ["| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|" + "---|" * len(keys)]
+    """One table, a line per row; the name of the op is the beginning of its config."""
+    heads = (
+        "kernel",
+        "arch",
+        "Triton",
+        "registers",
+        "spilled",
+        "shared",
+        "MMA",
+        "weight from",
+        "instructions / weight",
+    )
+    keys = [f for f in Row.__dataclass_fields__ if f != "op"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join("" if row[k] is None else str(row[k]) for k in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+PAGE = """# What the compiler makes of the kernels
+
+Read from the machine code by `percard inspect`, which needs no card. Written by `make inspect-page`; a test compares it with
+what the installed Triton gives. The kernels of each op's typical problems stand here; `percard inspect --all` compiles every
+kernel that the heuristics choose for the layers of real models, and `make test-full` holds all of them to the same bounds.
+
+- `spilled` is stack per thread in bytes, `shared` shared memory per program in bytes.
+- `weight from`: where the left operand of the MMA comes from. 4-bit weights come from registers (on sm_100 from tensor memory)
+  and are never written back to shared memory; 8-bit weights need no unpacking and come from shared memory on sm_90 and sm_100.
+- `instructions / weight` counts the hot loop per thread. An H200 at 4.3 TB/s can issue 3.4 for a 4-bit weight, 6.8 for an
+  8-bit weight (computed); above 64 tokens the MMA is the limit, not this.
+- Triton 3.6 has no int8 tcgen05, so int8 on sm_100 is `mma.sync` (IMMA) there.
+
+None of this is a measurement: these kernels have not yet run on a card. What has not:
+
+| not yet run on a card | shown instead |
+|---|---|
+| speed of every Triton body, and every heuristic's choice of tile and split | machine code below |
+| inline assembly | the same bits by torch, every code and zero point (tests/kernels/test_gpu_interpreted.py); assembled for four architectures |
+| bf16 products | fp16 in Triton's interpreter, which is wrong about bf16 |
+| CUDA graphs, `torch.compile` over the Triton bodies | tests marked `gpu` |
+
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -432,15 +364,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--triton", help="a folder with another Triton, as `pip install --target` makes it")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
-    rows = inspect(
-        options.ops, options.arch.split(","), everything=options.all, workers=options.workers, triton_at=options.triton
+    parser.add_argument(
+        "--page", type=Path, help="write docs/inspect.md: the installed Triton, then the one of --triton"
     )
-    print(json.dumps(rows, indent=1) if options.json else markdown(rows), end="")
+    options = parser.parse_args(argv)
+    rows = []
+    for at in dict.fromkeys([None, options.triton] if options.page else [options.triton]):
+        rows += inspect(
+            options.ops, options.arch.split(","), everything=options.all, workers=options.workers, triton_at=at
+        )
+    if options.page:
+        options.page.write_text(PAGE + markdown(rows))
+    else:
+        print(json.dumps(rows, indent=1) if options.json else markdown(rows), end="")
     wrong = faults(rows)
     print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
     return 4 if wrong else 0
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+if __name__ == "__main__":  # by the module's own name, so that workers can read its jobs
+    raise SystemExit(importlib.import_module(f"{__package__}.inspection").main())

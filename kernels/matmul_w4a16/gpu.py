@@ -19,7 +19,17 @@ import triton.language as tl
 
 from .. import device, tuning
 from ..device import Card
-from ..tiles import FUSION, INTERPRETED, Launch, add_slices_launch, start, tile_index, unpack_plane16, word_scale
+from ..tiles import (
+    FUSION,
+    INTERPRETED,
+    Launch,
+    add_slices_launch,
+    registers,
+    start,
+    tile_index,
+    unpack_plane16,
+    word_scale,
+)
 from . import contract
 
 OP = contract.OP
@@ -115,20 +125,20 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     """
     m, n = shape.m, shape.n
     blackwell = card.sm >= 100
-    if m <= 64:
-        block_m = max(m, 16)
-        if m == 64 and not blackwell and n >= 256 * card.sms // 2:
-            block_n, warps, stages = 256, 8, 3  # x costs twice the weight's bytes in L2 traffic at 128 rows
-        elif m <= 32 or n >= 128 * card.sms // 2:
-            block_n, warps, stages = 128, 8 if blackwell else 4, 4 if m <= 16 else 3
-        else:
-            block_n, warps, stages = 64, 4, 4
-        split = tuning.split_k(-(-n // block_n), -(-shape.k // 128), shape, card)
-        return Config(block_n, block_m, 1, split, False, 8, warps, stages)
-    scale_weight = shape.dtype == torch.bfloat16
-    if scale_weight and not blackwell:
-        return Config(128, 128, 1, 1, True, 8, 8, 3)
-    return Config(128, 64, 1, 1, scale_weight, 8, 8, 3)
+    if m > 64:
+        scale_weight = shape.dtype == torch.bfloat16
+        square = scale_weight and not blackwell
+        return Config(128, 128 if square else 64, 1, 1, scale_weight, 8, 8, 3)
+    # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
+    block_m = 32 if m == 64 and n < 64 * card.sms else max(m, 16)
+    # On a large one x costs twice the weight's bytes in L2 traffic at 128 rows.
+    block_n = 256 if block_m == 64 and not blackwell and shape.group >= 128 and n >= 128 * card.sms else 128
+    # 256 codes a step: 2.6 instructions per weight at M <= 16 instead of 2.8.
+    even = -(-shape.k // 128) % 2 == 0
+    blocks = 2 if block_m <= 32 and even and shape.group >= 64 and not blackwell else 1
+    tiles = -(-n // block_n) * -(-m // block_m)
+    split = tuning.split_k(tiles, -(-shape.k // (128 * blocks)), shape, card)
+    return Config(block_n, block_m, blocks, split, False, 8, 4 if block_m <= 32 else 8, 3)
 
 
 @functools.cache
@@ -185,6 +195,7 @@ def plan(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": FUSION,
+        **registers(card),
     }
     sizes = (m, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)

@@ -19,7 +19,17 @@ import triton.language as tl
 
 from .. import device, tuning
 from ..device import Card
-from ..tiles import FUSION, INTERPRETED, Launch, add_slices_launch, start, tile_index, unpack_plane8, unpack_plane8_with
+from ..tiles import (
+    FUSION,
+    INTERPRETED,
+    Launch,
+    add_slices_launch,
+    registers,
+    start,
+    tile_index,
+    unpack_plane8,
+    unpack_plane8_with,
+)
 from . import contract
 
 OP = contract.OP
@@ -162,11 +172,16 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     through tensor memory.
     """
     m, n = shape.m, shape.n
-    if m <= 64:
-        block_n = 128 if m <= 32 or n >= 128 * card.sms // 2 else 64
-        split = tuning.split_k(-(-n // block_n), -(-shape.k // 128), shape, card)
-        return Config(block_n, max(m, 16), split, 8, 4 if m <= 16 or block_n == 64 else 8, 4)
-    return Config(128, 128 if card.sm < 100 else 64, 1, 8, 8, 3)
+    blackwell, per_row = card.sm >= 100, shape.group == shape.k
+    # Every group adds its int32 sums to fp32 sums: two accumulators, so narrower tiles, or registers spill.
+    widest = (64 if blackwell else 128) if per_row else (32 if shape.group < 64 else 64)
+    if m > 64:
+        return Config(128, widest, 1, 8, 4 if widest == 32 else 8, 3)
+    # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
+    block_m = min(32 if m == 64 and n < 64 * card.sms else max(m, 16), widest)
+    tiles = -(-n // 128) * -(-m // block_m)
+    split = tuning.split_k(tiles, -(-shape.k // 128), shape, card)
+    return Config(128, block_m, split, 8, 4 if block_m <= 32 else 8, 4)
 
 
 @functools.cache
@@ -216,6 +231,7 @@ def plan(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": FUSION,
+        **registers(card),
     }
     sizes = (m, n, k, w.shape[0], each, xq.stride(0), w.stride(0), out.stride(-2))
     args = (xq, w, sx, scale, sx if bias is None else bias, out, *sizes)
