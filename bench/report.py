@@ -282,7 +282,8 @@ def picture(found: Sequence[Row], path: Path, heading: str) -> tuple[bool, str]:
         axes.scatter(rate["median"], top1, s=size, alpha=0.7, zorder=2, label=row.spec)
     # A legend and not labels at the points: specs of like quality lie too close for those.
     for handle in axes.legend(title="area: bytes held", loc="best").legend_handles:
-        handle.set_sizes([60])
+        if handle is not None:
+            handle.set(sizes=[60])
     axes.set_xlabel("decode, tokens per second (bar: spread over rounds)")
     axes.set_ylabel("top-1 agreement with 16 bits, %")
     axes.set_title(heading, fontsize=8, wrap=True)

@@ -223,7 +223,7 @@ def _refuse_tricks(text: str) -> None:
     """Aliases could make a few bytes into gigabytes, deep nesting seconds into hours; a recipe needs neither."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.AliasEvent):
             raise RecipeError(f"line {line}: aliases (*{event.anchor}) are not read; write it out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
