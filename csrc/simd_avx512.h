@@ -53,16 +53,18 @@ PERCARD_INLINE F32 load_as_f32(const void* p, int64_t at, int dtype) {
     if (dtype == kFloat16) return {_mm512_cvtph_ps(half)};
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-PERCARD_INLINE void store_as(void* p, int64_t at, int dtype, F32 x) {
-    if (dtype == kFloat32) return store_f32(static_cast<float*>(p) + at, x);
-    auto* q = reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + at);
-    if (dtype == kFloat16) return _mm256_storeu_si256(q, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+PERCARD_INLINE __m512i bf16_bits(F32 x) {  // in the high halves of the lanes
     const __m512i u = _mm512_castps_si512(x.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-    const __m512i bits = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(q, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    return _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+}
+PERCARD_INLINE void store_as(void* p, int64_t at, int dtype, F32 x) {
+    if (dtype == kFloat32) return store_f32(static_cast<float*>(p) + at, x);
+    auto* q = reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + at);
+    if (dtype == kFloat16) return _mm256_storeu_si256(q, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(q, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(x), 16)));
 }
 PERCARD_INLINE void store_i8(int8_t* p, I32 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));

@@ -46,10 +46,15 @@ static float bring_near_one(const Job& j, int64_t m) {
     return up;
 }
 
-PERCARD_INLINE void finish(const Job& j, int64_t m, int64_t b, F32 sum, int64_t count) {
-    F32 y = mul(sum, set_f32(j.factor[m]));
-    if (j.a.bias) y = add(y, load_part(j.a.bias + b * 16, count));
-    store_part(j.a.y, m * j.a.n + b * 16, j.a.x_dtype, y, count);
+// sum * factor + bias for token m and the outputs from n on, `count` of them.
+PERCARD_INLINE F32 scaled(const Job& j, int64_t m, int64_t n, F32 sum, int64_t count) {
+    const F32 y = mul(sum, set_f32(j.factor[m]));
+    return j.a.bias ? add(y, load_part(j.a.bias + n, count)) : y;
+}
+
+PERCARD_INLINE void finish(const Job& j, int64_t m, int64_t b, F32 sum) {
+    const int64_t count = min_of(16, j.a.n - b * 16);
+    store_part(j.a.y, m * j.a.n + b * 16, j.a.x_dtype, scaled(j, m, b * 16, sum, count), count);
 }
 
 // Few tokens. x: [m, lines * 8], zero past k.
@@ -91,7 +96,7 @@ static void stream(const Job& j, const float* x, int64_t b) {
             sum[t] = madd(all, scale, sum[t]);
         }
     }
-    for (int t = 0; t < T; ++t) finish(j, t, b, sum[t], min_of(16, j.a.n - b * 16));
+    for (int t = 0; t < T; ++t) finish(j, t, b, sum[t]);
 }
 
 template <int T>
@@ -201,8 +206,7 @@ static void many_tokens(const Job& j) {
                 }
                 for (int64_t m = tile * T; m < min_of(j.a.m, (tile + count_i) * T); ++m)
                     for (int64_t b = 0; b < count_b; ++b)
-                        finish(j, m, first + b, load_f32(sums + (b * kTiles * T + m - tile * T) * 16),
-                               min_of(16, j.a.n - (first + b) * 16));
+                        finish(j, m, first + b, load_f32(sums + (b * kTiles * T + m - tile * T) * 16));
             }
         }
     });
@@ -311,8 +315,13 @@ static void by_tiles(const Job& j) {
         },
         [&](int64_t i, int64_t first, int64_t count, const float* sums) {
             for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m)
-                for (int64_t b = 0; b < count; ++b)
-                    finish(j, m, first + b, load_f32(sums + b * 256 + m % 16 * 16), min_of(16, a.n - (first + b) * 16));
+                for (int64_t b = 0; b < count; b += 2) {
+                    const float* from = sums + b * 256 + m % 16 * 16;
+                    const int64_t at = (first + b) * 16, left = min_of(32, a.n - at);
+                    const F32 y0 = scaled(j, m, at, load_f32(from), left);
+                    const F32 y1 = left > 16 ? scaled(j, m, at + 16, load_f32(from + 256), left - 16) : y0;
+                    amx::store_two(a.y, m * a.n + at, a.x_dtype, y0, y1, left);
+                }
         });
 }
 #endif

@@ -25,11 +25,10 @@ struct Job {
     int64_t groups, group_lines, lines, block_bytes, np;
 };
 
-PERCARD_INLINE void finish(const MatmulW4A8& a, int64_t m, int64_t b, F32 sum) {
-    const int64_t count = min_of(16, a.n - b * 16);
-    F32 y = mul(sum, set_f32(a.sx[m]));
-    if (a.bias) y = add(y, load_part(a.bias + b * 16, count));
-    store_part(a.y, m * a.n + b * 16, a.y_dtype, y, count);
+// sum * sx + bias for token m and the outputs from n on, `count` of them.
+PERCARD_INLINE F32 scaled(const MatmulW4A8& a, int64_t m, int64_t n, F32 sum, int64_t count) {
+    const F32 y = mul(sum, set_f32(a.sx[m]));
+    return a.bias ? add(y, load_part(a.bias + n, count)) : y;
 }
 
 template <int T, int kLines, bool kPacked>
@@ -79,7 +78,9 @@ static void tile(const Job& j, const uint8_t* w, int64_t b, int64_t m) {
         const F32 scale = load_f32(j.a.scale + g * j.np + b * 16);
         for (int t = 0; t < T; ++t) sum[t] = fma(to_f32(acc[t]), scale, sum[t]);
     }
-    for (int t = 0; t < T; ++t) finish(j.a, m + t, b, sum[t]);
+    const int64_t count = min_of(16, j.a.n - b * 16);
+    for (int t = 0; t < T; ++t)
+        store_part(j.a.y, (m + t) * j.a.n + b * 16, j.a.y_dtype, scaled(j.a, m + t, b * 16, sum[t], count), count);
 }
 
 template <int T, bool kPacked>
@@ -150,7 +151,13 @@ static void by_tiles(const MatmulW4A8& a) {
         },
         [&](int64_t i, int64_t first, int64_t count, const float* sums) {
             for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m)
-                for (int64_t b = 0; b < count; ++b) finish(a, m, first + b, load_f32(sums + b * 256 + m % 16 * 16));
+                for (int64_t b = 0; b < count; b += 2) {
+                    const float* from = sums + b * 256 + m % 16 * 16;
+                    const int64_t at = (first + b) * 16, left = min_of(32, a.n - at);
+                    const F32 y0 = scaled(a, m, at, load_f32(from), left);
+                    const F32 y1 = left > 16 ? scaled(a, m, at + 16, load_f32(from + 256), left - 16) : y0;
+                    amx::store_two(a.y, m * a.n + at, a.y_dtype, y0, y1, left);
+                }
         });
 }
 #endif

@@ -82,44 +82,51 @@ static void blocks(const Job& j, int64_t begin, int64_t end) {
 }
 
 #ifdef PERCARD_ISA_amx_int8
-// A packed weight is already a row of B tiles: 2 x 2 tiles of 32 tokens and 32 rows over all of k, then the epilogue.
+// A packed weight is already a row of B tiles. 2 x 2 tiles of 32 tokens and 32 rows over all of k, then the epilogue; a few
+// pairs of blocks follow each other on the same tokens, so that neighbouring outputs are stored soon after each other.
 static void by_tiles(const MatmulW8A8& a) {
     using amx::kTile;
+    constexpr int64_t kBlocks = 8;
     const int64_t steps = round_up(a.k, 64) / 64, token_tiles = (a.m + 15) / 16, blocks = (a.n + 15) / 16;
     const int64_t block_bytes = round_up(a.k, 128) * 16;
     auto* x = static_cast<int8_t*>(scratch(kSlotX, token_tiles * steps * kTile));
     amx::tiles_of_x(x, a.xq, a.stride_xm, a.m, a.k, steps, 64);
-    const auto store = [&](const int32_t* c, int64_t i, int64_t b) {
-        const int64_t count = min_of(16, a.n - b * 16);
-        const F32 scale = load_f32(a.scale + b * 16);
-        const F32 bias = a.bias ? load_part(a.bias + b * 16, count) : set_f32(0.0f);
+    const auto finish = [&](const int32_t* c, int64_t i, int64_t b) {
+        const int64_t count = min_of(32, a.n - b * 16);
+        const F32 scale0 = load_f32(a.scale + b * 16);
+        const F32 scale1 = count > 16 ? load_f32(a.scale + b * 16 + 16) : scale0;
+        F32 bias0 = set_f32(0.0f), bias1 = bias0;
+        if (a.bias) bias0 = load_part(a.bias + b * 16, count);
+        if (a.bias && count > 16) bias1 = load_part(a.bias + b * 16 + 16, count - 16);
         for (int64_t m = i * 16; m < min_of(a.m, i * 16 + 16); ++m, c += 16) {
-            F32 y = mul(mul(to_f32(load_i32(c)), set_f32(a.sx[m])), scale);
-            if (a.bias) y = add(y, bias);
-            store_part(a.y, m * a.n + b * 16, a.y_dtype, y, count);
+            const F32 sx = set_f32(a.sx[m]);
+            F32 y0 = mul(mul(to_f32(load_i32(c)), sx), scale0), y1 = mul(mul(to_f32(load_i32(c + 256)), sx), scale1);
+            if (a.bias) y0 = add(y0, bias0), y1 = add(y1, bias1);
+            amx::store_two(a.y, m * a.n + b * 16, a.y_dtype, y0, y1, count);
         }
     };
-    parallel((blocks + 1) / 2, block_bytes * 0.2 + token_tiles * steps * 20, [&](int64_t begin, int64_t end) {
+    const double ns = block_bytes * 0.1 + token_tiles * steps * 10;
+    parallel((blocks + kBlocks - 1) / kBlocks, ns * kBlocks, [&](int64_t begin, int64_t end) {
         const amx::Registers registers(4, min_of(a.m, 16), 64);
-        alignas(64) int32_t c[4 * 256];
-        for (int64_t b = begin * 2; b < min_of(end * 2, blocks); b += 2) {
-            const bool two_b = b + 1 < blocks;
-            const int8_t *b0 = a.w + b * block_bytes, *b1 = b0 + block_bytes;
+        alignas(64) int32_t c[4 * 256] = {};
+        for (int64_t first = begin * kBlocks; first < min_of(end * kBlocks, blocks); first += kBlocks) {
             for (int64_t i = 0; i < token_tiles; i += 2) {
-                const bool two_a = i + 1 < token_tiles;
                 const int8_t *a0 = x + i * steps * kTile, *a1 = a0 + steps * kTile;
-                if (two_a && two_b)
-                    amx::block_s8<true, true>(c, a0, a1, b0, b1, steps);
-                else if (two_a)
-                    amx::block_s8<true, false>(c, a0, a1, b0, b1, steps);
-                else if (two_b)
-                    amx::block_s8<false, true>(c, a0, a1, b0, b1, steps);
-                else
-                    amx::block_s8<false, false>(c, a0, a1, b0, b1, steps);
-                store(c, i, b);
-                if (two_b) store(c + 256, i, b + 1);
-                if (two_a) store(c + 512, i + 1, b);
-                if (two_a && two_b) store(c + 768, i + 1, b + 1);
+                const bool two_a = i + 1 < token_tiles;
+                for (int64_t b = first; b < min_of(first + kBlocks, blocks); b += 2) {
+                    const int8_t *b0 = a.w + b * block_bytes, *b1 = b0 + block_bytes;
+                    const bool two_b = b + 1 < blocks;
+                    if (two_a && two_b)
+                        amx::block_s8<true, true>(c, a0, a1, b0, b1, steps);
+                    else if (two_a)
+                        amx::block_s8<true, false>(c, a0, a1, b0, b1, steps);
+                    else if (two_b)
+                        amx::block_s8<false, true>(c, a0, a1, b0, b1, steps);
+                    else
+                        amx::block_s8<false, false>(c, a0, a1, b0, b1, steps);
+                    finish(c, i, b);
+                    if (two_a) finish(c + 512, i + 1, b);
+                }
             }
         }
     });
