@@ -58,8 +58,9 @@ PERCARD_INLINE void store(void* tile) {
 // Stores the first `count` of 32 neighbouring outputs: a whole cache line of bf16 or fp16 at once.
 PERCARD_INLINE void store_two(void* y, int64_t at, int dtype, F32 x0, F32 x1, int64_t count) {
     if (count >= 32 && dtype == kBFloat16) {
-        alignas(64) static constexpr uint16_t kHigh[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+        alignas(64) static constexpr uint16_t kHigh[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                           23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                           45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
         const __m512i both = _mm512_permutex2var_epi16(bf16_bits(x0), _mm512_load_si512(kHigh), bf16_bits(x1));
         return _mm512_storeu_si512(static_cast<uint16_t*>(y) + at, both);
     }

@@ -142,8 +142,8 @@ static void make_whole(const Job& j, float* panel, int64_t b, int64_t k, int64_t
     }
 }
 
-// sums[kUsed][16] += x[count][T] times panel[count][16], where the first kUsed of T tokens count. Not inlined: alone it keeps
-// all sums in registers.
+// sums[kUsed][16] += x[count][T] times panel[count][16], where the first kUsed of T tokens count. Not inlined: alone it
+// keeps all sums in registers.
 template <int kUsed>
 __attribute__((noinline)) static void multiply(float* sums, const float* x, const float* panel, int64_t count) {
     F32 sum[kUsed];

@@ -82,8 +82,9 @@ static void blocks(const Job& j, int64_t begin, int64_t end) {
 }
 
 #ifdef PERCARD_ISA_amx_int8
-// A packed weight is already a row of B tiles. 2 x 2 tiles of 32 tokens and 32 rows over all of k, then the epilogue; a few
-// pairs of blocks follow each other on the same tokens, so that neighbouring outputs are stored soon after each other.
+// A packed weight is already a row of B tiles. 2 x 2 tiles of 32 tokens and 32 rows over all of k, then the epilogue; a
+// few pairs of blocks follow each other on the same tokens, so that neighbouring outputs are stored soon after each
+// other.
 static void by_tiles(const MatmulW8A8& a) {
     using amx::kTile;
     constexpr int64_t kBlocks = 8;
