@@ -4,7 +4,7 @@
 //
 // so the sums need no step across lanes, and every ISA adds the errors of a scale in the order of the weights: same
 // bits. The division is a true one: a product with 1 / scale would move codes that lie on a boundary.
-#include <math.h>
+#include <cmath>
 
 #include "ops.h"
 #include "parallel.h"
