@@ -22,7 +22,7 @@ constexpr int64_t kWideBytes = sizeof(DotS8::Wide), kXBytes = DotS8::kXBytes;
 struct Job {
     const MatmulW8A8& a;
     const char* x;        // [m, lines, kXBytes], as DotS8 wants it
-    const int32_t* sums;  // [m], what a sum comes out too large by
+    const int32_t* sums;  // [m], where a sum starts: minus what it comes out too large by
     int64_t lines, block_bytes;
 };
 
@@ -44,7 +44,7 @@ static void tile(const Job& j, const char* w, int64_t b, int64_t m) {
     const int64_t stride_x = j.lines * kXBytes;
     const char* x = j.x + m * stride_x;
     DotS8 dot[T];
-    for (int t = 0; t < T; ++t) dot[t].start(set_i32(-j.sums[m + t]));
+    for (int t = 0; t < T; ++t) dot[t].start(set_i32(j.sums[m + t]));
     int64_t line = 0;
     for (; line + 4 <= j.lines; line += 4)
         dot_lines<T, 4, kPacked>(dot, w + line * kLineBytes, x + line * kXBytes, stride_x);
@@ -149,7 +149,8 @@ void matmul_w8a8(const MatmulW8A8& a) {
             const int8_t* from = a.xq + m * a.stride_xm;
             int32_t sum = 0;
             for (int64_t k = 0; k < a.k; ++k) sum += from[k];
-            sums[m] = DotS8::kOffset * sum;
+            sums[m] =
+                static_cast<int32_t>(static_cast<uint32_t>(-DotS8::kOffset) * static_cast<uint32_t>(sum));  // may wrap
             char* to = x + m * stride_x;
             for (int64_t line = 0; line < a.k / 4; ++line) DotS8::widen_x(to + line * kXBytes, from + line * 4);
             if (a.k % 4 != 0) {
