@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from percard.formats import affine, layout
+from percard.formats import layout
 from percard.formats.spec import QuantSpec
 from percard.formats.tensor import QuantTensor
 from percard.kernels import device, op
@@ -306,7 +306,7 @@ def test_no_instruction_stands_where_a_smaller_cpu_would_meet_it() -> None:
         wrong = {
             n
             for n, body in code[isa].items()
-            if any(EVEX.search(o) or m.startswith("t") and "%tmm" in o for m, o in body)
+            if any(EVEX.search(o) or (m.startswith("t") and "%tmm" in o) for m, o in body)
         }
         assert not wrong, f"AVX-512 or AMX in {isa}: {sorted(wrong)[:3]}"
     assert not any(m == "vpdpbusd" for body in code["avx2"].values() for m, _ in body)
