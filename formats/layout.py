@@ -3,6 +3,7 @@
 Each packing is a pair, pack_<name> and unpack_<name>, from and to packing "plain", held inverse by a test.
 
     planes16_w4     int16 [Np, Kp/4]        4-bit codes, four planes of 32 in a 16-bit word   matmul_w4a16, Triton
+    planes16_w8     int16 [Np, Kp/2]        8-bit codes, two planes of 64 in a 16-bit word    matmul_w8a16, Triton
     planes8_w4      int8  [Np, Kp/2]        4-bit codes, two planes of 64 in a byte           matmul_w4a8, Triton
     rows8           int8  [Np, Kp]          8-bit codes, as they are                          matmul_w8a8, Triton
     rows16_k4_w4    uint8 [Np/16, Kp/8, 64] 4-bit codes, 16 rows x 8 inputs per cache line    C++
@@ -24,13 +25,13 @@ that they are stored in on disk is the checkpoint's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
 
 from .spec import FormatError
-from .tensor import QuantTensor
+from .tensor import ExpertsTensor, QuantTensor
 
 BLOCK = 128  # K is cut into blocks of this many codes
 _CHUNK = 1 << 18  # codes per step: bounds the temporaries
@@ -49,6 +50,7 @@ def storage(shape: tuple[int, int], packing: str) -> tuple[torch.dtype, tuple[in
     n, k = padded_shape(shape, packing)
     return {
         "planes16_w4": (torch.int16, (n, k // 4)),
+        "planes16_w8": (torch.int16, (n, k // 2)),
         "planes8_w4": (torch.int8, (n, k // 2)),
         "rows8": (torch.int8, (n, k)),
         "rows16_k4_w4": (torch.uint8, (n // 16, k // 8, 64)),
@@ -184,6 +186,32 @@ def unpack_planes16_w4(qt: QuantTensor) -> QuantTensor:
     return _unpack(replace(qt, scale=scale, zero=None if qt.spec.symmetric else zero), "planes16_w4", 4, to_codes)
 
 
+def pack_planes16_w8(qt: QuantTensor) -> QuantTensor:
+    """Plain 8-bit codes to int16 [Np, Kp/2]. Word j = 0..63 of a block of 128 inputs:
+
+        bit 15        8 7         0
+           [  plane 1  |  plane 0  ]      plane 0 holds the signed code of k = j, plane 1 of k = 64 + j
+              k=64+j      k=j             128 bytes per row and block
+
+    As wide as bf16 for the reason that planes16_w4 is. `scale` stays fp32 and `zero` int8: a zero point of 8 bits would leave
+    15 bits of mantissa in a word of 32, and round an fp32 scale by 2^-16, all that a sum may be off by.
+    """
+
+    def to_data(codes: torch.Tensor) -> torch.Tensor:
+        return codes.view(codes.shape[0], -1, 2, 64).transpose(2, 3)  # [n, blocks, j, byte of the word]
+
+    return _pack(qt, "planes16_w8", 8, to_data)
+
+
+def unpack_planes16_w8(qt: QuantTensor) -> QuantTensor:
+    """The inverse of `pack_planes16_w8`."""
+
+    def to_codes(data: torch.Tensor, n: int, k: int) -> torch.Tensor:
+        return data.view(n, k // BLOCK, 64, 2).transpose(2, 3).reshape(n, k)
+
+    return _unpack(qt, "planes16_w8", 8, to_codes)
+
+
 def pack_planes8_w4(qt: QuantTensor) -> QuantTensor:
     """Plain 4-bit codes to int8 [Np, Kp/2]. Byte j = 0..63 of a block of 128 inputs:
 
@@ -269,6 +297,7 @@ def unpack_rows16_k4_w8(qt: QuantTensor) -> QuantTensor:
 
 PACKINGS: dict[str, tuple[Pack, Pack]] = {
     "planes16_w4": (pack_planes16_w4, unpack_planes16_w4),
+    "planes16_w8": (pack_planes16_w8, unpack_planes16_w8),
     "planes8_w4": (pack_planes8_w4, unpack_planes8_w4),
     "rows8": (pack_rows8, unpack_rows8),
     "rows16_k4_w4": (pack_rows16_k4_w4, unpack_rows16_k4_w4),
@@ -285,3 +314,40 @@ def repack(qt: QuantTensor, packing: str) -> QuantTensor:
         return qt
     plain = qt if qt.packing == "plain" else PACKINGS[qt.packing][1](qt)
     return plain if packing == "plain" else PACKINGS[packing][0](plain)
+
+
+def stack_experts(weights: Iterable[QuantTensor], count: int) -> ExpertsTensor:
+    """`count` weights of one spec, packing and shape as one stack, which is filled one by one: a generator keeps peaks low.
+
+    FormatError when they differ or when there are fewer or more.
+    """
+    stack: list[torch.Tensor | None] = []
+    first, found = None, 0
+    for i, weight in enumerate(weights):
+        parts = (weight.data, weight.scale, weight.zero)
+        if first is None:
+            first = weight
+            stack = [None if t is None else t.new_empty((count, *t.shape)) for t in parts]
+        if (weight.spec, weight.packing, weight.shape) != (first.spec, first.packing, first.shape) or i >= count:
+            raise FormatError(
+                f"expert {i} is {weight.spec} {weight.packing} {weight.shape}, expected {count} experts like the first, "
+                f"{first.spec} {first.packing} {first.shape}"
+            )
+        for to, part in zip(stack, parts, strict=True):
+            if to is not None and part is not None:
+                to[i] = part
+        found = i + 1
+    if first is None or found != count:
+        raise FormatError(f"found {found} experts, expected {count}")
+    data, scale, zero = stack
+    assert data is not None and scale is not None
+    return ExpertsTensor(data, scale, zero, first.spec, first.packing, (count, *first.shape))
+
+
+def repack_experts(experts: ExpertsTensor, packing: str, device: torch.device | str | None = None) -> ExpertsTensor:
+    """`experts` in another packing, or in "plain", expert by expert, on `device` (default: where they are)."""
+    device = experts.data.device if device is None else torch.device(device)
+    if experts.packing == packing:
+        return experts.to(device)
+    count = experts.shape[0]
+    return stack_experts((repack(experts.expert(e).to(device), packing) for e in range(count)), count)

@@ -15,7 +15,7 @@ SPECS = {
     4: ["w4a16", "w4a16-asym", "w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a8", "w4a8-g64"],
     8: ["w8a8", "w8a16", "w8a16-asym", "w8a16-g128"],
 }
-BITS = {"planes16_w4": 4, "planes8_w4": 4, "rows8": 8, "rows16_k4_w4": 4, "rows16_k4_w8": 8}
+BITS = {"planes16_w4": 4, "planes16_w8": 8, "planes8_w4": 4, "rows8": 8, "rows16_k4_w4": 4, "rows16_k4_w8": 8}
 
 
 def random_tensor(n: int, k: int, name: str, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantTensor:
@@ -81,6 +81,10 @@ def code_at(packed: QuantTensor, n: int, k: int) -> int:
     if packed.packing == "planes16_w4":
         plane, j = divmod(inside, 32)
         return ((int(data[n, block * 32 + j]) >> (4 * plane)) & 15) - 8
+    if packed.packing == "planes16_w8":
+        plane, j = divmod(inside, 64)
+        byte = (int(data[n, block * 64 + j]) >> (8 * plane)) & 255
+        return byte - 256 if byte > 127 else byte
     if packed.packing == "planes8_w4":
         plane, j = divmod(inside, 64)
         return ((int(data[n, block * 64 + j]) >> (4 * plane)) & 15) - 8
@@ -165,6 +169,7 @@ def test_golden_lines() -> None:
     assert line[:4].tolist() == [0x40, 0x51, 0x62, 0x73] and line[4:8].tolist() == [0x51, 0x62, 0x73, 0x84]
     assert repack(qt, "rows16_k4_w4").data[0, 1, :4].tolist() == [0xC8, 0xD9, 0xEA, 0xFB]
     q8 = QuantTensor(codes, torch.ones(16, 1), None, QuantSpec.parse("w8a8"), "plain", (16, 128))
+    assert [f"{v & 0xFFFF:04X}" for v in repack(q8, "planes16_w8").data[0, :3].tolist()] == ["F8F8", "F9F9", "FAFA"]
     assert repack(q8, "rows16_k4_w8").data[0, 1, :8].tolist() == [-4, -3, -2, -1, -3, -2, -1, 0]
 
 
