@@ -1,4 +1,7 @@
-"""QuantTensor: a quantised weight. A plain frozen object, not a tensor subclass; unwrapped at the door of every op."""
+"""QuantTensor: a quantised weight; ExpertsTensor: one for each expert of a layer.
+
+Plain frozen objects, not tensor subclasses; unwrapped at the door of every op.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,44 @@ class QuantTensor:
 
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same weight on another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return replace(self, data=self.data.to(device), scale=self.scale.to(device), zero=zero)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that data, scale and zero take in this packing."""
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+
+
+@dataclass(frozen=True)
+class ExpertsTensor:
+    """The weights of all experts of a layer, stacked; true size `shape` = (E, N, K).
+
+    Expert e is `expert(e)`: every tensor has one dimension more than in a QuantTensor of the same packing, the first.
+    layout.stack_experts makes one, layout.repack_experts packs it.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    spec: QuantSpec
+    packing: str
+    shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("data", self.data), ("scale", self.scale), ("zero", self.zero)):
+            if tensor is not None and (tensor.ndim < 1 or tensor.shape[0] != self.shape[0]):
+                raise FormatError(f"{name} of {self.shape[0]} experts has shape {tuple(tensor.shape)}")
+        if self.shape[0]:
+            self.expert(0)
+
+    def expert(self, index: int) -> QuantTensor:
+        """The weight [N, K] of one expert: views, no copies."""
+        zero = None if self.zero is None else self.zero[index]
+        return QuantTensor(self.data[index], self.scale[index], zero, self.spec, self.packing, self.shape[1:])
+
+    def to(self, device: torch.device | str) -> ExpertsTensor:
+        """The same weights on another device."""
         zero = None if self.zero is None else self.zero.to(device)
         return replace(self, data=self.data.to(device), scale=self.scale.to(device), zero=zero)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..formats.layout import repack
-from ..formats.tensor import QuantTensor
+from ..formats.layout import repack, repack_experts
+from ..formats.tensor import ExpertsTensor, QuantTensor
 from .op import Op
 
 
@@ -34,7 +34,13 @@ def poisoned_memory() -> Iterator[None]:
 def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` with every weight packed as the body reads it."""
     packing = op.body(impl).packing
-    return tuple(repack(a, packing) if packing and isinstance(a, QuantTensor) else a for a in args)
+
+    def ready(a: Any) -> Any:
+        if isinstance(a, ExpertsTensor):
+            return repack_experts(a, op.contract.PACKINGS[impl][a.spec.weight_bits])
+        return repack(a, packing) if packing and isinstance(a, QuantTensor) else a
+
+    return tuple(ready(a) for a in args)
 
 
 def answer(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:

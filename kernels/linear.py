@@ -17,10 +17,11 @@ from torch import nn
 
 from ..formats import affine, layout
 from ..formats.spec import QuantSpec
-from ..formats.tensor import QuantTensor
+from ..formats.tensor import ExpertsTensor, QuantTensor
 from .matmul_w4a8 import matmul_w4a8
 from .matmul_w4a16 import matmul_w4a16
 from .matmul_w8a8 import matmul_w8a8
+from .moe_matmul import moe_matmul
 from .op import Op, Unsupported
 from .quantize_rows import quantize_rows
 
@@ -83,6 +84,38 @@ def prepare(w: QuantTensor, device: torch.device | str, impl: str | None = None)
     if body.packing is None or (body.packing == w.packing and device == w.data.device):
         return w
     return layout.repack(layout.repack(w, "plain").to(device), body.packing)
+
+
+def moe(
+    x: torch.Tensor,
+    w13: ExpertsTensor,
+    w2: ExpertsTensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """The experts of a layer: x [T, K], w13 [E, 2I, K] (gate rows, then up rows), w2 [E, H, I] -> [T, H] in the type of x.
+
+    ids [T, topk] name the experts of each token, -1 none; weights [T, topk] weigh what they say. Both weights as
+    `prepare_experts` packed them, of one spec.
+    """
+    if w13.spec.act_bits == 16:
+        h = moe_matmul(x, w13, ids, impl=impl)
+        return moe_matmul(h, w2, ids, weights, impl=impl)
+    xq, sx, _ = quantize_rows(x, impl=impl)
+    h = moe_matmul(xq, w13, ids, None, sx, x.dtype, impl=impl)
+    hq, sh, _ = quantize_rows(h, impl=impl)
+    return moe_matmul(hq, w2, ids, weights, sh, x.dtype, impl=impl)
+
+
+def prepare_experts(w: ExpertsTensor, device: torch.device | str, impl: str | None = None) -> ExpertsTensor:
+    """`w` on `device`, packed for the body that serves there (or for the one that `impl` names). Once, at load."""
+    device = torch.device(device)
+    packings = moe_matmul.contract.PACKINGS[moe_matmul.body_on(device.type, impl).name]
+    if w.spec.float_format is not None or (w.spec.weight_bits, w.spec.act_bits) not in ((4, 16), (8, 8)):
+        raise Unsupported(f"moe_matmul: no body multiplies experts in {w.spec}; quantize them to w4a16-g128 or w8a8")
+    return layout.repack_experts(w, packings[w.spec.weight_bits], device)
 
 
 class QuantLinear(nn.Module):
