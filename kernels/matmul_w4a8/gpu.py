@@ -33,6 +33,7 @@ from ..tiles import (
 from . import contract
 
 OP = contract.OP
+OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
 
 
 @triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
@@ -184,9 +185,32 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     return Config(128, block_m, split, 8, 4 if block_m <= 32 else 8, 4)
 
 
+def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
+    """What a tuner tries beside the heuristic: other splits and depths while weight bytes are all, else other tiles."""
+    base = heuristic(shape, card)
+    steps = -(-shape.k // 128)
+    if shape.m <= 64:
+        changes = [{"split_k": s, "num_stages": d} for s in (1, 2, 4, 8, 16) for d in (3, 4, 5)]
+        changes += [{"block_n": n, "num_warps": w} for n, w in ((64, 4), (128, 8), (256, 8))]
+        changes += [{"block_m": m, "num_warps": 4 if m <= 32 else 8} for m in (16, 32, 64)]
+    else:
+        tiles = ((128, 128, 8), (128, 64, 4), (128, 64, 8), (64, 128, 4), (256, 64, 8), (128, 32, 4), (256, 128, 8))
+        changes = [
+            {"block_n": n, "block_m": m, "num_warps": w, "num_stages": d} for d in (3, 4, 2) for n, m, w in tiles
+        ]
+        changes += [{"raster": r} for r in (4, 16)]
+
+    def fits(c: Config) -> bool:
+        largest = 128 * 64 if card.sm >= 100 else 256 * 128
+        held = (c.block_n * 64 + c.block_m * 128) * c.num_stages
+        return held <= card.shared_bytes and c.block_n * c.block_m <= largest and 4 * c.split_k <= max(4, steps)
+
+    return tuning.variants(base, changes, fits)
+
+
 @functools.cache
 def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__)
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
 
 
 @functools.lru_cache(maxsize=4096)

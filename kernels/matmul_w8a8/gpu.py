@@ -15,6 +15,8 @@ from ..device import Card
 from ..tiles import FUSION, Launch, add_slices_launch, start, tile_index
 from . import contract
 
+OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
+
 
 @triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
 def matmul_w8a8_kernel(
@@ -113,9 +115,29 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     return config(128, 128, 1, 8, 4) if fills_card(128, 128) else config(64, 128, 1, 4, 4)
 
 
+def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
+    """What a tuner tries beside the heuristic: other splits and depths while weight bytes are all, else other tiles."""
+    base = heuristic(shape, card)
+    steps = -(-shape.k // base.block_k)
+    if shape.m <= 64:
+        changes = [{"split_k": s, "num_stages": d} for s in (1, 2, 4, 8, 16) for d in (3, 4, 5, 6)]
+        changes += [{"block_n": n, "num_warps": w} for n, w in ((64, 4), (128, 4), (128, 8), (256, 8))]
+    else:
+        tiles = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (128, 64, 4))
+        changes = [
+            {"block_n": n, "block_m": m, "num_warps": w, "num_stages": d} for d in (3, 4, 2) for n, m, w in tiles
+        ]
+        changes += [{"raster": r} for r in (4, 16)]
+
+    def fits(c: Config) -> bool:
+        return (c.block_n + c.block_m) * c.block_k * c.num_stages <= card.shared_bytes and 4 * c.split_k <= max(4, steps)
+
+    return tuning.variants(base, changes, fits)
+
+
 @functools.cache
 def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__)
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
 
 
 @functools.lru_cache(maxsize=4096)
