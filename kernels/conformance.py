@@ -13,7 +13,7 @@ import torch
 
 from ..formats.layout import repack, repack_experts
 from ..formats.tensor import ExpertsTensor, QuantTensor
-from .op import Op
+from .op import Op, Run
 
 
 @contextlib.contextmanager
@@ -43,17 +43,20 @@ def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(ready(a) for a in args)
 
 
-def answer(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """What a body makes of the op's public arguments (weight in any packing), in poisoned memory; always a tuple."""
+def answer(op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None) -> tuple[torch.Tensor, ...]:
+    """What a body makes of the op's public arguments (weight in any packing), in poisoned memory; always a tuple.
+
+    `run(*flat)` stands in for the body: the same one under a Config of the caller's.
+    """
     ready = packed(op, impl, args)
     with poisoned_memory():
-        out = op(*ready, impl=impl)
+        out = op(*ready, impl=impl) if run is None else run(*op.contract.unwrap(*ready))
     return out if isinstance(out, tuple) else (out,)
 
 
-def faults(op: Op, impl: str, args: tuple[Any, ...]) -> list[str]:
+def faults(op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None) -> list[str]:
     """What is wrong with a body's answer to the op's public arguments; an empty list when it is in the op's tolerance."""
-    want, got = answer(op, "reference", args), answer(op, impl, args)
+    want, got = answer(op, "reference", args), answer(op, impl, args, run)
     flat = op.contract.unwrap(*packed(op, "reference", args))
     allowed = op.contract.tolerance(want if len(want) > 1 else want[0], *flat)
     allowed = allowed if isinstance(allowed, tuple) else (allowed,)
