@@ -12,6 +12,7 @@ Everything that imports Triton runs in worker processes, outside of Triton's int
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -127,7 +128,7 @@ def plan(op: str, case: Case, arch: str) -> list[Any]:
     """The launches that an op plans for a case on the card of an architecture. No data: tensors on "meta"."""
     gpu = importlib.import_module(f".{op}.gpu", __package__)
     cases = importlib.import_module(f".{op}.cases", __package__)
-    return gpu.plan(ARCHS[arch], *cases.blank(case))[1]
+    return [launch for launch in gpu.plan(ARCHS[arch], *cases.blank(case))[1] if hasattr(launch, "kernel")]
 
 
 class _NoCard:
@@ -154,6 +155,50 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+def _disassembled(cubin: bytes, *flags: str) -> str:
+    """What cuobjdump says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([_tool("cuobjdump"), *flags, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _usage(text: str) -> dict[str, int]:
+    """Registers (REG) and bytes of stack (STACK) of a thread."""
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _stack(cubin: bytes) -> int:
+    return _usage(_disassembled(cubin, "-res-usage"))["STACK"]
+
+
+def triton_version() -> str:
+    """Of the Triton that is installed."""
+    import triton
+
+    return triton.__version__
+
+
+def refuses(card: Card, launches: Sequence[Any]) -> str | None:
+    """None, or why kernels should not be started on the card that is there: they spill, take more shared memory than it
+    has, or do not compile."""
+    for launch in launches:
+        if not hasattr(launch, "kernel"):  # a product that torch runs
+            continue
+        try:
+            kernel = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        except Exception as error:  # whatever the compiler has to say
+            return f"does not compile: {' '.join(str(error.__cause__ or error).split())[:300]}"
+        if kernel.metadata.shared > card.shared_bytes:
+            return f"takes {kernel.metadata.shared} bytes of shared memory, {card.name} has {card.shared_bytes}"
+        spilled = _stack(kernel.asm["cubin"])
+        if spilled:
+            return f"spills {spilled} bytes"
+    return None
+
+
 def measure(job: Job) -> Row:
     """Compiles and disassembles one launch. Runs in a worker process; RuntimeError names what did not compile."""
     import triton
@@ -166,13 +211,8 @@ def measure(job: Job) -> Row:
     except Exception as error:
         cause = error.__cause__ or error
         raise RuntimeError(f"{job.op} on {job.arch}: {describe(launch)} does not compile: {cause}") from error
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [_tool("cuobjdump"), "-sass", "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = done.stdout + done.stderr
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    text = _disassembled(kernel.asm["cubin"], "-sass", "-res-usage")
+    usage = _usage(text)
     code = machine_code.instructions(text)
     loop = machine_code.hot_loop(code)
     kinds = sorted({match[1] for _, _, t in code if (match := machine_code.MMA.match(t))})
@@ -351,6 +391,8 @@ None of this is a measurement: these kernels have not yet run on a card. What ha
 | inline assembly | the same bits by torch, every code and zero point (tests/kernels/test_gpu_interpreted.py); assembled for four architectures |
 | bf16 products | fp16 in Triton's interpreter, which is wrong about bf16 |
 | CUDA graphs, `torch.compile` over the Triton bodies | tests marked `gpu` |
+
+The interpreter of Triton 3.6 needs numpy below 2.4.
 
 """
 
