@@ -27,15 +27,18 @@ import torch
 from ..formats.affine import dequantize
 from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
-from . import conformance, device, tuning
+from . import conformance, device, inspection, tuning
 from .device import Card
+from .inspection import triton_version
 from .op import Op, Unsupported
 from .shapes import Case
+
+__all__ = ["Problem", "Subject", "plan", "problems", "run", "subject", "triton_version"]
 
 FIRST_ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 9, 3
 WORTH = (1, 16, 256, 64, 4, 1024, 4096, 512, 16384)  # M in the order in which their figures decide something
 BASE, AGAIN, FLOOR = "heuristic", "heuristic again", "torch bfloat16"
-WHY_CARD = "tune: needs a CUDA card; run it on the machine that will serve, or list what it would do with --dry-run"
+WHY_CARD = "needs a CUDA card; run it on the machine that will serve, or list what it would do with --dry-run"
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,8 @@ class CardMachine:
     def __init__(self, index: int = 0):
         if not device.has_card():
             raise Unsupported(WHY_CARD)
-        inspection = importlib.import_module(f"{__package__}.inspection")
         self.card, self.where = device.card(index), torch.device("cuda", index)
-        self.triton, self.refuses = inspection.triton_version(), functools.partial(inspection.refuses, self.card)
+        self.triton, self.refuses = triton_version(), functools.partial(inspection.refuses, self.card)
         self.time = tuning.CardClock(self.where)
 
 

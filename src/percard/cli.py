@@ -11,113 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, console
-
-ROOT_HELP = """Turn a Hugging Face checkpoint into INT8 or INT4, check it, run it, measure it against FP16.
-
-\b
-  percard doctor                                         what serves on this machine, and what does not
-  percard quantize Qwen3-8B --spec w4a16-g128 --out out/q   a folder or a hub id becomes compressed-tensors
-  percard verify out/q --against Qwen3-8B --text held.txt   re-open, compare, KL and top-1 against FP16
-  percard generate out/q --prompt "def add(a, b):"          let it speak
-  percard bench model Qwen3-8B --specs w4a16-g128           tokens per second against FP16
-
-\b
-A spec says what a weight becomes:  w8a8  w4a16-g128  w4a8-g128  w8a16  w4a16-g64-asym ...
-  wX bits of a weight, aY bits of an activation, -gN weights that share a scale, -asym with zero points.
-
-\b
-Exit codes, the same for every verb: 0 done, 1 error, 2 bad input, 3 refused by preflight or not comparable,
-4 quality gate red, 5 cut but valid, 130 interrupted. Results go to stdout, progress and errors to stderr;
-with --json both are JSON, one object a line. PERCARD_TRACEBACK=1 adds a traceback to an error.
-"""
-
-QUANTIZE_HELP = """Quantise the checkpoint SRC to SPEC and write it to OUT, shard by shard, in a format that others load.
-
-\b
-  percard quantize ./Qwen3-8B --spec w4a16-g128 --out out/w4
-  percard quantize Qwen/Qwen3-8B --spec w8a8 --out out/w8      from the hub, if huggingface_hub is installed
-  percard quantize ./Qwen3-8B --spec w4a16-g128 --dry-run      what it would do and need; reads no weights
-  percard quantize ./Qwen3-8B --spec w8a8 --print-recipe       the same wish as a file, to edit
-  percard quantize ./Qwen3-8B --recipe mine.yaml --out out/q   per-layer specs live in a recipe
-
-SRC stays untouched. OUT must not exist, or --force. What was written is opened again and checked before it counts.
-"""
-
-VERIFY_HELP = """Open DST again and compare it with the checkpoint it was made from.
-
-\b
-  percard verify out/w4 --against ./Qwen3-8B                    names, shapes, scales, error of every layer
-  percard verify out/w4 --against ./Qwen3-8B --level bytes      names, dtypes, shapes, side files only
-  percard verify out/w4 --against ./Qwen3-8B --text held.txt    KL, top-1 and perplexity; exit 4 when the gate is red
-
-Take a text that was never used for training or calibration.
-"""
-
-GENERATE_HELP = """Complete a prompt with the model in DIR, FP16 or quantised.
-
-\b
-  percard generate out/w4 --prompt "def add(a, b):" --max-new 64
-  percard generate out/w4 --prompt "import " --temperature 0.7 --top-p 0.9 --seed 3
-"""
-
-BENCH_MODEL_HELP = """Tokens per second of whole models against FP16: prefill and decode, A B A B, with spread.
-
-\b
-  percard bench model shape:qwen3-0.6b --specs w8a8,w4a16-g64     synthetic weights at true shapes, no download
-  percard bench model shape:qwen3-8b --specs w4a16-g128 --layers 4
-  percard bench model ./Qwen3-8B --specs w8a8,w4a8-g128 --json    one record a line
-
-FP16 is the fastest float type of torch on this machine, found by a probe and named in every row.
-"""
-
-BENCH_OPS_HELP = """Linears of real layers against torch's floats and int8 rivals: correct first, then timed in turn, with spread.
-
-\b
-  percard bench ops                                           Qwen3-0.6B shapes on this machine
-  percard bench ops --models qwen3-8b --specs w4a16-g128 --tokens 1,16,256
-
-Each kernel is compared with its reference at the very shape before it is timed there. Quantising activations is inside.
-"""
-
-BENCH_SLOT_HELP = """One command for a card that is free for ten minutes: agreement, ops against bf16, a model; one folder.
-
-\b
-  percard bench slot --minutes 10 --out out/slot              works from 8 minutes on; below 3 only what is essential
-  percard bench slot --minutes 5 --out out/slot               the same folder again goes on where the first was cut
-  percard bench slot --minutes 2 --out out/try --device cpu   try the run without a card
-
-Exit code 0 complete, 4 a kernel disagrees with its reference, 5 cut but valid (time, SIGTERM, lost card).
-"""
-
-BENCH_REPORT_HELP = """The tables of records that `bench model`, `bench ops`, `bench slot` or `demo` wrote.
-
-\b
-  percard bench report out/demo
-  percard bench report bench/results/demo.jsonl --readme README.md     the block between <!-- demo --> and <!-- /demo -->
-"""
-
-INSPECT_HELP = """Compile the Triton kernels for other cards, without a card: registers, spills, MMA kind, shared memory.
-
-\b
-  percard inspect --arch sm_80,sm_90
-  percard inspect matmul_w4a16 --arch sm_90 --json
-  percard inspect --all                     every kernel that the heuristics choose for real layers: minutes
-
-Exit code 4 when the machine code is not as the op's cases.py expects: spills, another MMA, too many instructions.
-"""
-
-DOCTOR_HELP = """What this machine is, which body of each op serves here, and why the others refuse."""
-
-DEMO_HELP = """The whole road on the small model that ships with the source: quantise, gate, time, one table.
-
-\b
-  percard demo                  about 8 minutes on 2 cores; writes out/demo/report.md, report.json, pareto.png
-  percard demo --quick          the short one that CI runs
-"""
+from . import __version__, console, manual
 
 app = typer.Typer(
-    help=ROOT_HELP,
+    help=manual.ROOT,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -149,13 +46,13 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     if as_json:  # `percard --json verb` means `percard verb --json`
-        verbs = ("quantize", "verify", "generate", "doctor", "inspect", "demo")
+        verbs = ("quantize", "verify", "generate", "doctor", "inspect", "tune", "demo")
         context.default_map = {verb: {"as_json": True} for verb in verbs} | {
             "bench": {name: {"as_json": True} for name in ("model", "ops", "slot", "report")}
         }
 
 
-@app.command(help=QUANTIZE_HELP, short_help="A checkpoint becomes INT8 or INT4.")
+@app.command(help=manual.QUANTIZE, short_help="A checkpoint becomes INT8 or INT4.")
 def quantize(
     src: Annotated[
         str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id such as Qwen/Qwen3-8B.")
@@ -192,7 +89,7 @@ def quantize(
         raise typer.Exit(console.GATE_RED)
 
 
-@app.command(help=VERIFY_HELP, short_help="Re-open what was written, compare with its source.")
+@app.command(help=manual.VERIFY, short_help="Re-open what was written, compare with its source.")
 def verify(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="What `quantize` wrote.")],
     against: Annotated[str, typer.Option(help="The source checkpoint: a folder or a hub id.")],
@@ -210,7 +107,7 @@ def verify(
     raise typer.Exit(verdict.exit_code)
 
 
-@app.command(help=GENERATE_HELP, short_help="Complete a prompt.")
+@app.command(help=manual.GENERATE, short_help="Complete a prompt.")
 def generate(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder, FP16 or quantised.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
@@ -232,7 +129,7 @@ def generate(
         print(f"[{done.tokens} tokens, {done.tokens_per_s:.1f} tok/s, {done.spec}]", file=sys.stderr)
 
 
-@bench_app.command("model", help=BENCH_MODEL_HELP, short_help="Whole models: prefill and decode.")
+@bench_app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
 def bench_model(
     source: Annotated[str, typer.Argument(metavar="DIR|shape:NAME", help="A folder, or shape:qwen3-0.6b and its kin.")],
     specs: Annotated[str, typer.Option(help="Specs to compare with FP16, with commas.")] = "",
@@ -270,7 +167,7 @@ def bench_model(
         raise typer.Exit(console.GATE_RED)
 
 
-@bench_app.command("ops", help=BENCH_OPS_HELP, short_help="Linears of real layers against torch and rivals.")
+@bench_app.command("ops", help=manual.BENCH_OPS, short_help="Linears of real layers against torch and rivals.")
 def bench_ops(
     models: Annotated[str, typer.Option(help="Whose layers, with commas.")] = "qwen3-0.6b",
     specs: Annotated[str, typer.Option(help="Specs, with commas.")] = "w4a16-g128,w8a8,w4a8",
@@ -305,7 +202,7 @@ def bench_ops(
         raise typer.Exit(console.GATE_RED)
 
 
-@bench_app.command("slot", help=BENCH_SLOT_HELP, short_help="Ten minutes of a card, one folder.")
+@bench_app.command("slot", help=manual.BENCH_SLOT, short_help="Ten minutes of a card, one folder.")
 def bench_slot(
     out: Annotated[Path, typer.Option("--out", help="Folder; one of an earlier call is gone on with.")],
     minutes: Annotated[float, typer.Option(help="How long the card is free.")] = 10.0,
@@ -324,7 +221,7 @@ def bench_slot(
     raise typer.Exit(code)
 
 
-@bench_app.command("report", help=BENCH_REPORT_HELP, short_help="Tables of records, once more.")
+@bench_app.command("report", help=manual.BENCH_REPORT, short_help="Tables of records, once more.")
 def bench_report(
     path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="Records as JSONL, or a folder with records.jsonl.")],
     readme: Annotated[Path | None, typer.Option(help="Write the table of model runs into this file's block.")] = None,
@@ -343,14 +240,14 @@ def bench_report(
             console.show(part)
 
 
-@app.command(help=DOCTOR_HELP, short_help="What serves on this machine, and what does not.")
+@app.command(help=manual.DOCTOR, short_help="What serves on this machine, and what does not.")
 def doctor(as_json: AsJson = False) -> None:
     from . import doctor as examination
 
     _show(examination.examine(), as_json, examination.show)
 
 
-@app.command("inspect", help=INSPECT_HELP, short_help="Compile the Triton kernels for other cards, without a card.")
+@app.command("inspect", help=manual.INSPECT, short_help="Compile the Triton kernels for other cards, without a card.")
 def inspect_kernels(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops; all by default.")] = None,
     arch: Annotated[str, typer.Option(help="Architectures, with commas.")] = "sm_80,sm_89,sm_90,sm_100",
@@ -375,7 +272,27 @@ def inspect_kernels(
         raise typer.Exit(console.GATE_RED)
 
 
-@app.command(help=DEMO_HELP, short_help="The whole road on a small model, in one table.")
+@app.command(help=manual.TUNE, short_help="Measure which Config each op takes on this card.")
+def tune(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops; all by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only layers of this model, such as qwen3-8b.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin nothing new after so long.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default: ~/.cache/percard/tuned.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what has an entry as well.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be measured; needs no card.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    from . import tune as tuning
+
+    with console.showing_progress(as_json) as progress:
+        done = tuning.tune(
+            ops or (), model=model, minutes=minutes, out=out, dry_run=dry_run, again=again, progress=progress
+        )
+    _show(done, as_json)
+    raise typer.Exit(done.exit_code)
+
+
+@app.command(help=manual.DEMO, short_help="The whole road on a small model, in one table.")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and report.")] = Path("out/demo"),
     model: Annotated[Path | None, typer.Option(help="Small checkpoint; default: examples/tiny-qwen3.")] = None,

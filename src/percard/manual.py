@@ -1,0 +1,118 @@
+"""What `percard VERB --help` says: each verb taught by examples."""
+
+from __future__ import annotations
+
+ROOT = """Turn a Hugging Face checkpoint into INT8 or INT4, check it, run it, measure it against FP16.
+
+\b
+  percard doctor                                         what serves on this machine, and what does not
+  percard quantize Qwen3-8B --spec w4a16-g128 --out out/q   a folder or a hub id becomes compressed-tensors
+  percard verify out/q --against Qwen3-8B --text held.txt   re-open, compare, KL and top-1 against FP16
+  percard generate out/q --prompt "def add(a, b):"          let it speak
+  percard bench model Qwen3-8B --specs w4a16-g128           tokens per second against FP16
+
+\b
+A spec says what a weight becomes:  w8a8  w4a16-g128  w4a8-g128  w8a16  w4a16-g64-asym ...
+  wX bits of a weight, aY bits of an activation, -gN weights that share a scale, -asym with zero points.
+
+\b
+Exit codes, the same for every verb: 0 done, 1 error, 2 bad input, 3 refused by preflight or not comparable,
+4 quality gate red, 5 cut but valid, 130 interrupted. Results go to stdout, progress and errors to stderr;
+with --json both are JSON, one object a line. PERCARD_TRACEBACK=1 adds a traceback to an error.
+"""
+
+QUANTIZE = """Quantise the checkpoint SRC to SPEC and write it to OUT, shard by shard, in a format that others load.
+
+\b
+  percard quantize ./Qwen3-8B --spec w4a16-g128 --out out/w4
+  percard quantize Qwen/Qwen3-8B --spec w8a8 --out out/w8      from the hub, if huggingface_hub is installed
+  percard quantize ./Qwen3-8B --spec w4a16-g128 --dry-run      what it would do and need; reads no weights
+  percard quantize ./Qwen3-8B --spec w8a8 --print-recipe       the same wish as a file, to edit
+  percard quantize ./Qwen3-8B --recipe mine.yaml --out out/q   per-layer specs live in a recipe
+
+SRC stays untouched. OUT must not exist, or --force. What was written is opened again and checked before it counts.
+"""
+
+VERIFY = """Open DST again and compare it with the checkpoint it was made from.
+
+\b
+  percard verify out/w4 --against ./Qwen3-8B                    names, shapes, scales, error of every layer
+  percard verify out/w4 --against ./Qwen3-8B --level bytes      names, dtypes, shapes, side files only
+  percard verify out/w4 --against ./Qwen3-8B --text held.txt    KL, top-1 and perplexity; exit 4 when the gate is red
+
+Take a text that was never used for training or calibration.
+"""
+
+GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
+
+\b
+  percard generate out/w4 --prompt "def add(a, b):" --max-new 64
+  percard generate out/w4 --prompt "import " --temperature 0.7 --top-p 0.9 --seed 3
+"""
+
+BENCH_MODEL = """Tokens per second of whole models against FP16: prefill and decode, A B A B, with spread.
+
+\b
+  percard bench model shape:qwen3-0.6b --specs w8a8,w4a16-g64     synthetic weights at true shapes, no download
+  percard bench model shape:qwen3-8b --specs w4a16-g128 --layers 4
+  percard bench model ./Qwen3-8B --specs w8a8,w4a8-g128 --json    one record a line
+
+FP16 is the fastest float type of torch on this machine, found by a probe and named in every row.
+"""
+
+BENCH_OPS = """Linears of real layers against torch's floats and int8 rivals: correct first, then timed in turn, with spread.
+
+\b
+  percard bench ops                                           Qwen3-0.6B shapes on this machine
+  percard bench ops --models qwen3-8b --specs w4a16-g128 --tokens 1,16,256
+
+Each kernel is compared with its reference at the very shape before it is timed there. Quantising activations is inside.
+"""
+
+BENCH_SLOT = """One command for a card that is free for ten minutes: agreement, ops against bf16, a model; one folder.
+
+\b
+  percard bench slot --minutes 10 --out out/slot              works from 8 minutes on; below 3 only what is essential
+  percard bench slot --minutes 5 --out out/slot               the same folder again goes on where the first was cut
+  percard bench slot --minutes 2 --out out/try --device cpu   try the run without a card
+
+Exit code 0 complete, 4 a kernel disagrees with its reference, 5 cut but valid (time, SIGTERM, lost card).
+"""
+
+BENCH_REPORT = """The tables of records that `bench model`, `bench ops`, `bench slot` or `demo` wrote.
+
+\b
+  percard bench report out/demo
+  percard bench report bench/results/demo.jsonl --readme README.md     the block between <!-- demo --> and <!-- /demo -->
+"""
+
+INSPECT = """Compile the Triton kernels for other cards, without a card: registers, spills, MMA kind, shared memory.
+
+\b
+  percard inspect --arch sm_80,sm_90
+  percard inspect matmul_w4a16 --arch sm_90 --json
+  percard inspect --all                     every kernel that the heuristics choose for real layers: minutes
+
+Exit code 4 when the machine code is not as the op's cases.py expects: spills, another MMA, too many instructions.
+"""
+
+TUNE = """Measure which Config each op takes for real layers on this card, and write it where every later process reads it.
+
+\b
+  percard tune                                              all ops, the layers of all models that are known
+  percard tune matmul_w4a16 --model qwen3-8b --minutes 10   what has an entry is skipped: go on any time
+  percard tune --out kernels-of-this-card                   a folder of your own; PERCARD_TUNED names it to servers
+  percard tune --dry-run                                    what would be measured; needs no card
+
+A candidate is timed only when it does not spill and agrees with the reference. The heuristic's Config stays unless another
+is better by more than noise. Nothing is ever measured at a first request. Exit code 5 when --minutes cut it.
+"""
+
+DOCTOR = """What this machine is, which body of each op serves here, and why the others refuse."""
+
+DEMO = """The whole road on the small model that ships with the source: quantise, gate, time, one table.
+
+\b
+  percard demo                  about 8 minutes on 2 cores; writes out/demo/report.md, report.json, pareto.png
+  percard demo --quick          the short one that CI runs
+"""
