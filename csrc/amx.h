@@ -119,77 +119,116 @@ PERCARD_INLINE void block_s8(int32_t* c, const int8_t* a0, const int8_t* a1, con
     if (kTwoA && kTwoB) store<3>(c + 768);
 }
 
-// Where a product of groups reads: tiles of one or two token tiles, of one block, and what lies between neighbours.
+// Where a product of groups reads: tiles of one or two token tiles, of one block. What lies between neighbours is the
+// same for all blocks: bytes from a B tile to the next, from a plane of x to the next.
 struct Operands {
     const char *a0, *a1, *b;
-    int64_t steps, b_step, plane;  // tiles of a group; bytes from a B tile to the next; from a plane of x to the next
+    int64_t b_step, plane;
+    Operands at(int64_t s) const { return {a0 + s * kTile, a1 + s * kTile, b + s * b_step, b_step, plane}; }
 };
 
-// One step: tiles kA, kA + 1 and kB. Neighbouring steps take other registers: a load into one that the last product
-// still reads costs half of the speed.
-template <typename Product, bool kTwo, int kA, int kB, int kPlane = 0>
-PERCARD_INLINE void step(const Operands& o, int64_t s) {
-    if constexpr (kPlane == 0) load<kB>(o.b + s * o.b_step);
-    load<kA>(o.a0 + s * kTile + kPlane * o.plane);
+// The tiles of one plane of one step, to registers kA (and kA + 1) and, with the first plane, kB.
+template <bool kTwo, int kA, int kB, int kPlane>
+PERCARD_INLINE void load_step(const Operands& o) {
+    if constexpr (kPlane == 0) load<kB>(o.b);
+    load<kA>(o.a0 + kPlane * o.plane);
+    if constexpr (kTwo) load<kA + 1>(o.a1 + kPlane * o.plane);
+}
+
+// The products of one step. Its tiles lie in registers 2 (3) and 6, those of an odd step (and of the second plane) in 4
+// (5) and 7. Those of `next` are asked for before, so that they come from the L2 while the unit is busy, and not after
+// the vectors that scale a group.
+template <typename Product, bool kTwo, int kOdd, int kPlane = 0>
+PERCARD_INLINE void step(const Operands& o, const Operands& next) {
+    constexpr int kA = (kOdd * Product::kPlanes + kPlane) % 2 ? 4 : 2, kB = kOdd ? 7 : 6;
+    if constexpr (kPlane + 1 < Product::kPlanes)
+        load_step<kTwo, 6 - kA, kB, kPlane + 1>(o);
+    else
+        load_step<kTwo, 6 - kA, 13 - kB, 0>(next);
     Product::template dot<0, kA, kB>();
-    if constexpr (kTwo) {
-        load<kA + 1>(o.a1 + s * kTile + kPlane * o.plane);
-        Product::template dot<1, kA + 1, kB>();
-    }
-    if constexpr (kPlane + 1 < Product::kPlanes) step<Product, kTwo, 6 - kA, kB, kPlane + 1>(o, s);
-}
-
-// The sums of one group, to c[0] and, of the second token tile, c[1].
-template <typename Product, bool kTwo, int kSteps>
-PERCARD_INLINE void group(Operands& o, typename Product::Sum (*c)[256], int64_t first) {
-    zero<0>();
-    if constexpr (kTwo) zero<1>();
-#pragma GCC unroll 4
-    for (int64_t s = 0; s < (kSteps ? kSteps : o.steps); ++s)
-        (s + first) % 2 == 0 ? step<Product, kTwo, 2, 6>(o, s) : step<Product, kTwo, 4, 7>(o, s);
-    store<0>(c[0]);
-    if constexpr (kTwo) store<1>(c[1]);
-    o.a0 += o.steps * kTile;
-    o.a1 += o.steps * kTile;
-    o.b += o.steps * o.b_step;
-}
-
-// sums0 and sums1 [16 tokens][16 rows] (0 if `fresh`) += scale[g] * (sums of group g), ascending, fused. The sums of
-// the first token tile stay in registers, those of the second in the L1; the tiles of the next group are on their way
-// meanwhile.
-template <typename Product, bool kTwo, int kSteps>
-static inline void add_groups(bool fresh, float* sums0, float* sums1, Operands o, const float* scale, int64_t np,
-                              int64_t groups) {
-    if (kSteps) o.steps = kSteps;
-    alignas(64) typename Product::Sum c[4][256];
-    F32 sum[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) sum[r] = fresh ? set_f32(0.0f) : load_f32(sums0 + r * 16);
-    if (kTwo && fresh) std::memset(sums1, 0, kTile);
-    const auto scale_group = [&](const typename Product::Sum(*from)[256], int64_t g) __attribute__((always_inline)) {
-        const F32 s = load_f32(scale + g * np);
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r) sum[r] = fma(Product::sum(from[0] + r * 16), s, sum[r]);
-        if constexpr (!kTwo) return;
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r)
-            store_f32(sums1 + r * 16, fma(Product::sum(from[1] + r * 16), s, load_f32(sums1 + r * 16)));
-    };
-    for (int64_t g = 0; g <= groups; ++g) {
-        if (g < groups) group<Product, kTwo, kSteps>(o, c + g % 2 * 2, kSteps == 1 ? g % 2 : 0);
-        if (g > 0) scale_group(c + (g + 1) % 2 * 2, g - 1);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) store_f32(sums0 + r * 16, sum[r]);
+    if constexpr (kTwo) Product::template dot<1, kA + 1, kB>();
+    if constexpr (kPlane + 1 < Product::kPlanes) step<Product, kTwo, kOdd, kPlane + 1>(o, next);
 }
 
 template <typename Product, bool kTwo>
-PERCARD_INLINE void add_groups_of(bool fresh, float* sums0, float* sums1, const Operands& o, const float* scale,
-                                  int64_t np, int64_t groups) {
-    if (o.steps == 1) return add_groups<Product, kTwo, 1>(fresh, sums0, sums1, o, scale, np, groups);
-    if (o.steps == 2) return add_groups<Product, kTwo, 2>(fresh, sums0, sums1, o, scale, np, groups);
-    if (o.steps == 4) return add_groups<Product, kTwo, 4>(fresh, sums0, sums1, o, scale, np, groups);
-    add_groups<Product, kTwo, 0>(fresh, sums0, sums1, o, scale, np, groups);
+PERCARD_INLINE void step_of(bool odd, const Operands& o, const Operands& next) {
+    odd ? step<Product, kTwo, 1>(o, next) : step<Product, kTwo, 0>(o, next);
+}
+
+// What one block does with one chunk of k: `steps` in all, in groups of `group_steps`, from `o` on. Afterwards the
+// tiles of `next`, the first of another block, lie in the registers, if the steps are even.
+struct Stretch {
+    Operands o, next;
+    int64_t steps, group_steps;
+    bool fresh;
+    const Operands after(int64_t s) const { return s + 1 < steps ? o.at(s + 1) : next; }
+};
+
+// sums0 and sums1 [16 tokens][16 rows] (0 if `fresh`) += scale[g] * (sums of group g), ascending, fused. As many sums
+// as there are vector registers stay in them. The products of a group run while the one before is scaled.
+template <typename Product, bool kTwo, int kSteps>
+static inline void add_groups(const Stretch& t, float* sums0, float* sums1, const float* scale, int64_t np) {
+    constexpr int kHeld = kTwo ? 30 : 16, kRows = kTwo ? 32 : 16;
+    const int64_t each = kSteps ? kSteps : t.group_steps, groups = t.steps / each;
+    alignas(64) typename Product::Sum c[4][256];
+    F32 sum[kHeld];
+    const auto row = [&](int r)
+                         __attribute__((always_inline)) { return r < 16 ? sums0 + r * 16 : sums1 + r * 16 - 256; };
+#pragma GCC unroll 32
+    for (int r = 0; r < kHeld; ++r) sum[r] = t.fresh ? set_f32(0.0f) : load_f32(row(r));
+#pragma GCC unroll 2
+    for (int r = kHeld; r < kRows; ++r)
+        if (t.fresh) store_f32(row(r), set_f32(0.0f));
+    for (int64_t g = 0; g <= groups; ++g) {
+        if (g < groups) {
+            zero<0>();
+            if constexpr (kTwo) zero<1>();
+#pragma GCC unroll 4
+            for (int64_t s = 0; s < each; ++s)
+                step_of<Product, kTwo>((kSteps == 1 ? g : s) % 2, t.o.at(g * each + s), t.after(g * each + s));
+            store<0>(c[g % 2 * 2]);
+            if constexpr (kTwo) store<1>(c[g % 2 * 2 + 1]);
+        }
+        if (g == 0) continue;
+        const auto* from = c[(g + 1) % 2 * 2];
+        const F32 s = load_f32(scale + (g - 1) * np);
+#pragma GCC unroll 32
+        for (int r = 0; r < kHeld; ++r) sum[r] = fma(Product::sum(from + r * 16), s, sum[r]);
+#pragma GCC unroll 2
+        for (int r = kHeld; r < kRows; ++r) store_f32(row(r), fma(Product::sum(from + r * 16), s, load_f32(row(r))));
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < kHeld; ++r) store_f32(row(r), sum[r]);
+}
+
+// The same where all of k is one group: the sums wait unscaled in memory until the `last` stretch.
+template <typename Product, bool kTwo>
+static inline void add_whole(const Stretch& t, bool last, float* sums0, float* sums1, const float* scale) {
+    t.fresh ? zero<0>() : load<0>(sums0);
+    if constexpr (kTwo) t.fresh ? zero<1>() : load<1>(sums1);
+#pragma GCC unroll 2
+    for (int64_t s = 0; s < t.steps; ++s) step_of<Product, kTwo>(s % 2, t.o.at(s), t.after(s));
+    store<0>(sums0);
+    if constexpr (kTwo) store<1>(sums1);
+    if (!last) return;
+    const F32 s = load_f32(scale);
+    const auto scaled = [&](float* sums) {
+        for (int r = 0; r < 16; ++r, sums += 16)
+            store_f32(sums, mul(Product::sum(reinterpret_cast<const typename Product::Sum*>(sums)), s));
+    };
+    scaled(sums0);
+    if constexpr (kTwo) scaled(sums1);
+}
+
+template <typename Product, bool kTwo>
+PERCARD_INLINE void add(const Stretch& t, bool whole, bool last, float* sums0, float* sums1, const float* scale,
+                        int64_t np) {
+    if (t.steps % 2) load_step<kTwo, 2, 6, 0>(t.o);
+    if (whole) return add_whole<Product, kTwo>(t, last, sums0, sums1, scale);
+    if (t.group_steps == 1) return add_groups<Product, kTwo, 1>(t, sums0, sums1, scale, np);
+    if (t.group_steps == 2) return add_groups<Product, kTwo, 2>(t, sums0, sums1, scale, np);
+    if (t.group_steps == 4) return add_groups<Product, kTwo, 4>(t, sums0, sums1, scale, np);
+    add_groups<Product, kTwo, 0>(t, sums0, sums1, scale, np);
 }
 
 // A product with group scales. x lies in tiles [token tiles, all_k / tile_k] (and `plane` bytes further for each
@@ -205,39 +244,41 @@ struct Grouped {
 // together.
 template <typename Product, typename Unpack, typename Finish>
 static inline void multiply_grouped(const Grouped& job, const char* x, const Unpack& unpack, const Finish& finish) {
-    constexpr int64_t kBlocks = 8, kPanel = 8192;  // bytes of one block's panel
+    constexpr int64_t kBlocks = 16, kPanel = 8192;  // bytes of one block's panel
     const int64_t token_tiles = (job.m + kTokens - 1) / kTokens, steps = job.all_k / job.tile_k;
-    const int64_t chunk = max_of(job.group, kPanel / job.line_bytes / job.group * job.group);
-    const int64_t panel_bytes = round_up(chunk * job.line_bytes, kTile), np = job.blocks * 16;
+    const bool whole = job.group == job.all_k;
+    const int64_t chunk = whole ? kPanel / job.line_bytes : kPanel / job.line_bytes / job.group * job.group;
+    const int64_t np = job.blocks * 16;
     parallel((job.blocks + kBlocks - 1) / kBlocks, job.ns_per_block * kBlocks, [&](int64_t begin, int64_t end) {
         const Registers registers(2, min_of(job.m, kTokens), job.tile_k == 32 && job.line_bytes == 16 ? 32 : 64);
-        auto* panel = static_cast<char*>(scratch(kSlotPanel, kBlocks * panel_bytes));
+        auto* panel = static_cast<char*>(scratch(kSlotPanel, kBlocks * kPanel));
         auto* sums = static_cast<float*>(scratch(kSlotOut, (token_tiles + 1) * kBlocks * kTile));
         for (int64_t first = begin * kBlocks; first < min_of(end * kBlocks, job.blocks); first += kBlocks) {
             const int64_t blocks = min_of(kBlocks, job.blocks - first);
             for (int64_t k = 0; k < job.all_k; k += chunk) {
-                const int64_t count = min_of(chunk, job.all_k - k), groups = (count + job.group - 1) / job.group;
-                const float* scale = job.scale + k / job.group * np + first * 16;
-                for (int64_t b = 0; b < blocks; ++b) unpack(panel + b * panel_bytes, first + b, k, count);
+                const int64_t count = min_of(chunk, job.all_k - k);
+                const bool last = k + count == job.all_k;
+                const float* scale = job.scale + (whole ? 0 : k / job.group * np) + first * 16;
+                for (int64_t b = 0; b < blocks; ++b) unpack(panel + b * kPanel, first + b, k, count);
                 for (int64_t i = 0; i < token_tiles; i += 2) {
                     const bool two = i + 1 < token_tiles;
                     float *sums0 = sums + i * kBlocks * 256, *sums1 = sums0 + kBlocks * 256;
-                    Operands o{};
-                    o.a0 = x + (i * steps + k / job.tile_k) * kTile;
-                    o.a1 = o.a0 + steps * kTile;
-                    o.b = panel;
-                    o.steps = job.group / job.tile_k;
-                    o.b_step = job.tile_k * job.line_bytes;
-                    o.plane = job.plane;
-                    for (int64_t b = 0; b < blocks; ++b, o.b += panel_bytes) {
+                    const char* a = x + (i * steps + k / job.tile_k) * kTile;
+                    Stretch t{{a, a + steps * kTile, panel, job.tile_k * job.line_bytes, job.plane},
+                              {},
+                              count / job.tile_k,
+                              job.group / job.tile_k,
+                              k == 0};
+                    two ? load_step<true, 2, 6, 0>(t.o) : load_step<false, 2, 6, 0>(t.o);
+                    for (int64_t b = 0; b < blocks; ++b, t.o.b += kPanel) {
+                        t.next = t.o;
+                        if (b + 1 < blocks) t.next.b += kPanel;
                         if (two)
-                            add_groups_of<Product, true>(k == 0, sums0 + b * 256, sums1 + b * 256, o, scale + b * 16,
-                                                         np, groups);
+                            add<Product, true>(t, whole, last, sums0 + b * 256, sums1 + b * 256, scale + b * 16, np);
                         else
-                            add_groups_of<Product, false>(k == 0, sums0 + b * 256, nullptr, o, scale + b * 16, np,
-                                                          groups);
+                            add<Product, false>(t, whole, last, sums0 + b * 256, nullptr, scale + b * 16, np);
                     }
-                    if (k + count < job.all_k) continue;
+                    if (!last) continue;
                     finish(i, first, blocks, sums0);
                     if (two) finish(i + 1, first, blocks, sums1);
                 }
