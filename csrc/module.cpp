@@ -34,11 +34,13 @@ void expect_group(int64_t group, int64_t k) {
     if (group < 1 || (group < k && group % 8 != 0)) throw nb::value_error("group must be a multiple of 8, or all of k");
 }
 
-void matmul_w4a16(Address x, Address w, Address scale, Address zero, Address bias, Address y, int64_t m, int64_t n,
-                  int64_t k, int64_t group, int64_t stride_xm, int x_dtype) {
+// matmul_w4a16 and matmul_w8a16
+template <void (*Ops::*op)(const MatmulA16&)>
+void matmul_a16(Address x, Address w, Address scale, Address zero, Address bias, Address y, int64_t m, int64_t n,
+                int64_t k, int64_t group, int64_t stride_xm, int x_dtype) {
     expect_group(group, k);
-    ops().matmul_w4a16({at<void>(x), at<uint8_t>(w), at<float>(scale), at<int8_t>(zero), at<float>(bias), at<void>(y),
-                        m, n, k, group, stride_xm, x_dtype});
+    (ops().*op)({at<void>(x), at<void>(w), at<float>(scale), at<int8_t>(zero), at<float>(bias), at<void>(y), m, n, k,
+                 group, stride_xm, x_dtype});
 }
 
 void matmul_w4a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
@@ -86,8 +88,12 @@ NB_MODULE(_cpu, module) {
                "stride_xm"_a, "x_dtype"_a, nogil());
     module.def("matmul_w8a8", &percard::matmul_w8a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
                "k"_a, "stride_xm"_a, "y_dtype"_a, nogil());
-    module.def("matmul_w4a16", &percard::matmul_w4a16, "x"_a, "w"_a, "scale"_a, "zero"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
-               "k"_a, "group"_a, "stride_xm"_a, "x_dtype"_a, nogil());
+    const auto matmul_a16 = [&module](const char* name, auto function) {
+        module.def(name, function, "x"_a, "w"_a, "scale"_a, "zero"_a, "bias"_a, "y"_a, "m"_a, "n"_a, "k"_a, "group"_a,
+                   "stride_xm"_a, "x_dtype"_a, nogil());
+    };
+    matmul_a16("matmul_w4a16", &percard::matmul_a16<&percard::Ops::matmul_w4a16>);
+    matmul_a16("matmul_w8a16", &percard::matmul_a16<&percard::Ops::matmul_w8a16>);
     module.def("matmul_w4a8", &percard::matmul_w4a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
                "k"_a, "group"_a, "stride_xm"_a, "y_dtype"_a, "xsum"_a, nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,

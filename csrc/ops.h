@@ -32,10 +32,10 @@ struct MatmulW8A8 {
     int y_dtype;
 };
 
-// y = sum over groups of scale * (fp32 sum of (q - zero) * x) + bias
-struct MatmulW4A16 {
+// y = sum over groups of scale * (fp32 sum of (q - zero) * x) + bias, for 4-bit and 8-bit codes
+struct MatmulA16 {
     const void* x;       // x_dtype [m, k], rows stride_xm apart
-    const uint8_t* w;    // rows16_k4_w4
+    const void* w;       // rows16_k4_w4 or rows16_k4_w8
     const float* scale;  // [groups, n rounded up to 16]
     const int8_t* zero;  // the same shape, signed, or null for 0
     const float* bias;   // [n] or null
@@ -73,7 +73,8 @@ struct SearchScale {
 struct Ops {
     void (*quantize_rows)(const QuantizeRows&);
     void (*matmul_w8a8)(const MatmulW8A8&);
-    void (*matmul_w4a16)(const MatmulW4A16&);
+    void (*matmul_w4a16)(const MatmulA16&);
+    void (*matmul_w8a16)(const MatmulA16&);
     void (*matmul_w4a8)(const MatmulW4A8&);
     void (*search_scale)(const SearchScale&);
 };
@@ -82,7 +83,8 @@ struct Ops {
     namespace isa {                          \
     void quantize_rows(const QuantizeRows&); \
     void matmul_w8a8(const MatmulW8A8&);     \
-    void matmul_w4a16(const MatmulW4A16&);   \
+    void matmul_w4a16(const MatmulA16&);     \
+    void matmul_w8a16(const MatmulA16&);     \
     void matmul_w4a8(const MatmulW4A8&);     \
     void search_scale(const SearchScale&);   \
     }

@@ -56,6 +56,15 @@ template <int kBits>
 PERCARD_INLINE I32 shift_right(I32 x) {
     return {_mm256_srli_epi32(x.a, kBits), _mm256_srli_epi32(x.b, kBits)};
 }
+template <int kByte>
+PERCARD_INLINE I32 signed_byte(I32 x) {
+    if constexpr (kByte < 3) x = {_mm256_slli_epi32(x.a, 24 - 8 * kByte), _mm256_slli_epi32(x.b, 24 - 8 * kByte)};
+    return {_mm256_srai_epi32(x.a, 24), _mm256_srai_epi32(x.b, 24)};
+}
+template <int kBits>
+PERCARD_INLINE I32 shift_left(I32 x) {
+    return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
+}
 PERCARD_INLINE F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 PERCARD_INLINE I32 to_i32(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 PERCARD_INLINE F32 as_f32(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }

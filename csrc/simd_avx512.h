@@ -40,6 +40,15 @@ template <int kBits>
 PERCARD_INLINE I32 shift_right(I32 x) {
     return {_mm512_srli_epi32(x.v, kBits)};
 }
+template <int kByte>
+PERCARD_INLINE I32 signed_byte(I32 x) {
+    if constexpr (kByte < 3) x = {_mm512_slli_epi32(x.v, 24 - 8 * kByte)};
+    return {_mm512_srai_epi32(x.v, 24)};
+}
+template <int kBits>
+PERCARD_INLINE I32 shift_left(I32 x) {
+    return {_mm512_slli_epi32(x.v, kBits)};
+}
 PERCARD_INLINE F32 to_f32(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 PERCARD_INLINE I32 to_i32(F32 x) { return {_mm512_cvtps_epi32(x.v)}; }
 PERCARD_INLINE F32 as_f32(I32 x) { return {_mm512_castsi512_ps(x.v)}; }

@@ -54,6 +54,14 @@ template <int kBits>
 PERCARD_INLINE I32 shift_right(I32 a) {  // logical
     PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> kBits));
 }
+template <int kByte>
+PERCARD_INLINE I32 signed_byte(I32 a) {  // byte kByte of each lane, 0 is the lowest
+    PERCARD_LANES(I32, static_cast<int8_t>(static_cast<uint32_t>(a.v[i]) >> (8 * kByte)));
+}
+template <int kBits>
+PERCARD_INLINE I32 shift_left(I32 a) {
+    PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kBits));
+}
 PERCARD_INLINE F32 to_f32(I32 a) { PERCARD_LANES(F32, static_cast<float>(a.v[i])); }
 PERCARD_INLINE I32 to_i32(F32 a) { PERCARD_LANES(I32, static_cast<int32_t>(__builtin_rintf(a.v[i]))); }  // half to even
 PERCARD_INLINE F32 as_f32(I32 a) {

@@ -2,167 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from ...formats.tensor import QuantTensor
-from ..op import DTYPE_CODES, Cost, pointer, rows_contiguous
-from ..weight import (
-    check_bias,
-    check_place,
-    check_rows,
-    check_weight,
-    expect_spec,
-    fp32_bias,
-    ulp,
-    values,
-    weight_bytes,
-    wrong_packing,
-)
+from .. import weight_only
+from ..weight_only import SCHEMA, cost, native, out_like, tolerance
+
+__all__ = ["OP", "SCHEMA", "check", "cost", "native", "out_like", "tolerance", "unwrap"]
 
 OP = "matmul_w4a16"
-ROUNDS_WEIGHT_ABOVE = 64  # rows of bf16 above which `tolerance` lets a body round weights to bf16
-SCHEMA = (
-    "(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, int n, int k, int group, str packing) -> Tensor"
-)
 
-Flat = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, str]
-
-
-def unwrap(x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> Flat:
-    """`group` of the flat form is always a number of weights: K when a row has one scale."""
-    expect_spec(OP, w, bits=4, symmetric_only=False, rows_only=False)
-    n, k = w.shape
-    return rows_contiguous(x), w.data, w.scale, w.zero, fp32_bias(bias), n, k, w.spec.group or k, w.packing
-
-
-def check(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> None:
-    if x.dtype not in DTYPE_CODES:
-        raise ValueError(f"{OP}: x is {x.dtype}, expected bfloat16, float16 or float32; cast it")
-    check_rows(OP, x, k)
-    check_weight(OP, w, scale, zero, n, k, group, packing)
-    check_bias(OP, bias, n)
-    check_place(OP, x, w=w, scale=scale, zero=zero, bias=bias)
-
-
-def out_like(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> torch.Tensor:
-    return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
-
-
-def cost(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> Cost:
-    m = x.shape[0]
-    return Cost(flops=2 * m * n * k, bytes=m * (k + n) * x.element_size() + weight_bytes(w, scale, zero, bias))
-
-
-def native(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> tuple[int, ...]:
-    pointers = (pointer(x), pointer(w), pointer(scale), pointer(zero), pointer(bias), pointer(out))
-    return (*pointers, x.shape[0], n, k, group, x.stride(0), DTYPE_CODES[x.dtype])
-
-
-def tolerance(
-    want: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> torch.Tensor:
-    """One ulp of the output type, and 2^-16 of the sum of absolute products for the order of the sum.
-
-    Above 64 rows of bf16 a body may round each made-whole weight to bf16, as all engines do that dequantise for a matmul:
-    errors of at most 2^-8 of a product, of either sign, which add up like their root of squares (measured: a standard
-    deviation of 0.8 * 2^-9 of it; 2^-6 is ten of those).
-    """
-    weight = values(w, scale, zero, group)
-    bound = ulp(want) + 2.0**-16 * (x.float().abs() @ weight.abs().T)
-    if x.dtype == torch.bfloat16 and x.shape[0] > ROUNDS_WEIGHT_ABOVE:
-        bound = bound + 2.0**-6 * (x.float().square() @ weight.square().T).sqrt()
-    return bound if bias is None else bound + 2.0**-22 * bias.abs()
-
-
-def triton_takes(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> str | None:
-    if x.dtype == torch.float32:
-        return "multiplies 16-bit activations, x is float32; cast x to bfloat16 or float16"
-    return wrong_packing(packing, "planes16_w4")
-
-
-def cpu_takes(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> str | None:
-    return wrong_packing(packing, "rows16_k4_w4")
-
-
-def reference_takes(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-) -> str | None:
-    return wrong_packing(packing, "plain")
+unwrap = partial(weight_only.unwrap, OP, 4)
+check = partial(weight_only.check, OP)
+triton_takes = partial(weight_only.triton_takes, "planes16_w4")
+cpu_takes = partial(weight_only.takes, "rows16_k4_w4")
+reference_takes = partial(weight_only.takes, "plain")
