@@ -8,11 +8,15 @@ for an expert of another machine) contributes exactly zero. Products are those o
 (int8 rows and their scales `sx`, as quantize_rows makes them). Everything up to the result is fp32, rounded once.
 """
 
-from ..op import Op, reference_body
+from ..op import Op, cpu_body, reference_body, triton_body
 from . import contract, reference
 
 moe_matmul = Op(
     "moe_matmul",
     contract,
-    (reference_body(reference.run, "plain", contract.reference_takes),),
+    (
+        triton_body(f"{__name__}.gpu", None, contract.triton_takes),
+        cpu_body("moe_matmul", None, contract, contract.cpu_takes),
+        reference_body(reference.run, None, contract.reference_takes),
+    ),
 )

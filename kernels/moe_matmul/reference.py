@@ -25,10 +25,10 @@ def pairwise(
         pairs = (ids.flatten() == e).nonzero()[:, 0]
         if pairs.numel() == 0:
             continue
-        rows = x[pairs // ids.shape[1] if weights is None else pairs]
+        at = pairs // ids.shape[1] if weights is None else pairs
+        rows = x[at]
         if sx is not None:  # exact up to 2^53, so it is the int32 sum; every device multiplies doubles
-            row_scale = sx[pairs // ids.shape[1] if weights is None else pairs]
-            out[pairs] = (rows.double() @ w[e].double().T).float() * row_scale[:, None] * scale[e].float().T
+            out[pairs] = (rows.double() @ w[e].double().T).float() * sx[at][:, None] * scale[e].float().T
         else:
             weight = values(w[e], scale[e], None if zero is None else zero[e], group)
             out[pairs] = rows.float() @ (weight.abs() if absolute else weight).T
