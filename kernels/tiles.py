@@ -48,11 +48,37 @@ class Launch(NamedTuple):
     step: tuple[int, int] = (0, 0)
 
 
-def start(launches: Sequence[Launch], where: torch.device) -> None:
-    """Starts kernels in order on the device where their tensors are."""
+class Product(NamedTuple):
+    """A step among launches that torch's own matmul (cuBLAS) takes: y [M, N'] = x [M, K] @ w [N', K]^T + bias [N'].
+
+    y may be columns of a wider tensor. The bias is fp32 and is added after the rounding of y.
+    """
+
+    x: torch.Tensor
+    w: torch.Tensor
+    bias: torch.Tensor | None
+    y: torch.Tensor
+
+    def run(self) -> None:
+        torch.mm(self.x, self.w.t(), out=self.y)
+        if self.bias is not None:
+            self.y.add_(self.bias)
+
+
+def start(launches: Sequence[Launch | Product], where: torch.device) -> None:
+    """Starts kernels, and torch's products among them, in order on the device where their tensors are."""
     with device.current(where):
         for launch in launches:
-            launch.kernel[launch.grid](*launch.args, **launch.options)
+            if isinstance(launch, Product):
+                launch.run()
+            else:
+                launch.kernel[launch.grid](*launch.args, **launch.options)
+
+
+def chunks(n: int, k_pad: int, megabytes: int) -> list[tuple[int, int]]:
+    """(first, last) rows of a weight, 16-bit values of which fill at most `megabytes`; borders at multiples of 64 rows."""
+    rows = max(1, (megabytes << 20) // (2 * k_pad) // 64) * 64
+    return [(first, min(first + rows, n)) for first in range(0, n, rows)]
 
 
 @triton.jit
@@ -131,6 +157,65 @@ def unpack_plane16(w_packed, word, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE
         w = tl.inline_asm_elementwise(
             _plane16_fp16(PLANE), "=r,r,r", [w_packed, zero], tl.float16, is_pure=True, pack=2
         )
+    return w
+
+
+# 8-bit codes to bf16 or fp16, two in a register. Of packing planes16_w8 a 32-bit register holds two words:
+#
+#     bit 31       24 23       16 15        8 7         0
+#       [  plane 1'  |  plane 0'  |  plane 1  |  plane 0  ]       the signed code q of k, q' of k + 1
+#
+#     bf16   0x4300 | (q & 0x7F) = 128 + low 7 bits     0xC300 | (q & 0x80) = -128 or -256      their sum is q
+#     fp16   0x6400 | (q ^ 0x80) = 1152 + q             plus -(1152 + z) is q - z
+#
+# bf16 has 8 bits, so the sign goes a way of its own, and a zero point costs one more fma; all of -255..255 is exact in it.
+# 3.5 instructions for two weights in bf16 (4.5 with zero points), 2.5 in fp16.
+
+
+@triton.constexpr_function
+def _plane16_w8(plane: int, bf16: bool, has_zero: bool) -> str:
+    shift = "shr.u32 t, $1, 8;" if plane else "mov.b32 t, $1;"
+    if not bf16:
+        unpack = "lop3.b32 t, t, 0x00FF00FF, 0x64806480, 0x6A;"
+        zero = "" if has_zero else "mov.b32 z, 0xE480E480;"
+        return f"{{ .reg .b32 t, z; {zero} {shift} {unpack} add.rn.f16x2 $0, t, {'$2' if has_zero else 'z'}; }}"
+    low, high = "lop3.b32 low, t, 0x007F007F, 0x43004300, 0xEA;", "lop3.b32 t, t, 0x00800080, 0xC300C300, 0xEA;"
+    code = "fma.rn.bf16x2 t, low, one, t;" if has_zero else "fma.rn.bf16x2 $0, low, one, t;"
+    zero = "fma.rn.bf16x2 $0, t, one, $2;" if has_zero else ""
+    return f"{{ .reg .b32 t, low, one; mov.b32 one, 0x3F803F80; {shift} {low} {high} {code} {zero} }}"
+
+
+@triton.jit
+def minus_zero8(zero, DTYPE: tl.constexpr):
+    """Zero points int8 [BLOCK_N] -> the int16 bits of -z in bf16 or of -(1152 + z) in fp16."""
+    if tl.bfloat16 == DTYPE:
+        bits = (-zero.to(tl.float32)).to(tl.bfloat16).to(tl.int16, bitcast=True)
+    else:
+        bits = zero.to(tl.int16) + (0xE480 - 0x10000)
+    return bits
+
+
+@triton.jit
+def unpack_plane16_w8(
+    w_packed, scale, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr
+):
+    """Plane `PLANE` of words int16 [BLOCK_N, J], zero points int8 [BLOCK_N] if HAS_ZERO -> q - z in bf16 or fp16.
+
+    fp32 `scale` [BLOCK_N] is handed to the assembly, which does not read it: see unpack_plane8_with.
+    """
+    if USE_ASM:
+        asm: tl.constexpr = _plane16_w8(PLANE, tl.bfloat16 == DTYPE, HAS_ZERO)
+        follow = scale.to(tl.int32, bitcast=True)[:, None]
+        if HAS_ZERO:
+            z = minus_zero8(zero, DTYPE)[:, None]
+            w = tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [w_packed, z, follow], DTYPE, is_pure=True, pack=2)
+        else:
+            w = tl.inline_asm_elementwise(asm, "=r,r,r,r", [w_packed, follow], DTYPE, is_pure=True, pack=2)
+    else:
+        code = (w_packed << (8 - 8 * PLANE)) >> 8
+        if HAS_ZERO:
+            code -= zero.to(tl.int16)[:, None]
+        w = code.to(DTYPE)
     return w
 
 

@@ -50,6 +50,7 @@ EXPECT = Expect(
         Case("qwen3-8b.o.decode.b1", 1, 4096, 4096, "w4a16-g128", small=False),
         Case("qwen3-8b.o.decode.b1.fp16", 1, 4096, 4096, "w4a16-g128", FP16, small=False),
         Case("qwen3-8b.gate_up.decode.b64", 64, 24576, 4096, "w4a16-g128", small=False),
+        Case("qwen3-8b.o.prefill.t512", 512, 4096, 4096, "w4a16-g128", small=False),
         Case("qwen3-8b.o.prefill.t4096", 4096, 4096, 4096, "w4a16-g128", small=False),
     ),
     specs=("w4a16-g128", "w4a16-g64", "w4a16-g32", "w4a16"),

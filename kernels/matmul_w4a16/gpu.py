@@ -5,6 +5,9 @@ Two ways to apply the scale of a group, one kernel, since only two lines differ:
     C  w = (u - z) * scale, rounded to bf16; one accumulator                                M > 64 in bf16
 A gives the weight exactly and costs registers and one multiply-add per accumulator and group; C costs one multiplication
 per pair of weights. C is not used in fp16, where code * scale may overflow.
+
+For many tokens of bf16 there is a third way, D: the weight is made whole by chunks of rows that stay in the L2, and torch's
+matmul (cuBLAS) multiplies. The chunk is this op's second workspace; the first holds the parts of a split K.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from ..tiles import (
     FUSION,
     INTERPRETED,
     Launch,
+    Product,
     add_slices_launch,
+    chunks,
     registers,
     start,
     tile_index,
@@ -33,6 +38,9 @@ from ..tiles import (
 from . import contract
 
 OP = contract.OP
+OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
+CHUNK_MB = 32  # of a weight made whole: it stays in the L2 until the product has read it
+INVARIANT_ROWS = 256  # rows of x that share the workspace of a split K when results must not depend on M
 ROW = 1 << 30  # the kernel's GROUP for one scale per row: every k // ROW is group 0
 
 
@@ -103,9 +111,41 @@ def matmul_w4a16_kernel(
     tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n[None, :])
 
 
+@triton.jit(do_not_specialize=["first"])
+def dequantize_planes16_kernel(
+    w_ptr, word_ptr, y_ptr,
+    first, N_PAD,
+    stride_wn, stride_yn,
+    GROUP: tl.constexpr, USE_ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[r, k] = (u[first + r, k] - z) * scale, rounded to the type of y (bf16 or fp16)
+
+    w int16 [N_PAD, stride_wn] in packing planes16_w4, words int32 [groups, N_PAD]; y, rows stride_yn apart. One program:
+    BLOCK_N rows of one pack block of 128 codes.
+
+        w  [BLOCK_N, 32] words  ->  y  [BLOCK_N, 32] of plane 0 | plane 1 | plane 2 | plane 3
+    """
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (first + r) % N_PAD
+    block = tl.program_id(1)
+    offs_j = tl.arange(0, 32)
+    packed = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + block * 32 + offs_j[None, :]
+    w_packed = tl.load(packed, eviction_policy="evict_first")  # [BLOCK_N, 32]
+    y_ptrs = y_ptr + r.to(tl.int64)[:, None] * stride_yn + block * 128 + offs_j[None, :]
+    for p in tl.static_range(4):
+        group = (block * 128 + 32 * p) // GROUP
+        word = tl.load(word_ptr + group.to(tl.int64) * N_PAD + rows)  # [BLOCK_N]
+        w = unpack_plane16(w_packed, word, p, y_ptr.dtype.element_ty, USE_ASM)  # [BLOCK_N, 32]
+        y = w.to(tl.float32) * word_scale(word)[:, None]
+        tl.store(y_ptrs + 32 * p, y.to(y_ptr.dtype.element_ty))
+
+
 @dataclass(frozen=True)
 class Config:
-    """Tile of y^T, pack blocks of 128 codes per step, parts of K, way C (scale_weight), raster, warps, stages."""
+    """Tile of y^T, pack blocks of 128 codes per step, parts of K, way C (scale_weight), raster, warps, stages.
+
+    dequantize_mb above 0 is way D with chunks of so many MB; nothing else counts then.
+    """
 
     block_n: int
     block_m: int
@@ -115,10 +155,14 @@ class Config:
     raster: int
     num_warps: int
     num_stages: int
+    dequantize_mb: int = 0
 
 
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
-    """Way A and as many weights in flight as fit up to 64 tokens, way C on square tiles above (bf16).
+    """Way A and as many weights in flight as fit up to 64 tokens, way C on square tiles above, way D from 1024 on (bf16).
+
+    D moves 0.53 + 2 bytes a weight beside the product: 1 / (1 + 190 / M) of bf16's rate on an H200 (computed), 0.84 at 1024;
+    C is expected at 0.75 to 0.85 whatever M, since unpacking does not overlap the MMA of its warps. `percard tune` measures.
 
     On sm_100 tiles stay within 128 x 64: larger ones compile to a bare trap in Triton 3.6, where the unpacked weight goes
     through tensor memory.
@@ -127,6 +171,8 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     blackwell = card.sm >= 100
     if m > 64:
         scale_weight = shape.dtype == torch.bfloat16
+        if scale_weight and m >= 1024:
+            return Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
         square = scale_weight and not blackwell
         return Config(128, 128 if square else 64, 1, 1, scale_weight, 8, 8, 3)
     # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
@@ -141,9 +187,50 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     return Config(block_n, block_m, blocks, split, False, 8, 4 if block_m <= 32 else 8, 3)
 
 
+def invariant(shape: tuning.Shape, card: Card) -> Config:
+    """The one Config of a weight when a row's result must not depend on the other rows: nothing in it looks at M.
+
+    Way A, exact, on tiles that are wide enough for a prompt and narrow enough for one token; K split for one token.
+    """
+    split = min(4, tuning.split_k(-(-shape.n // 128), -(-shape.k // 128), shape._replace(m=1), card))
+    return Config(128, 64, 1, split, False, 8, 8, 3)
+
+
+def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
+    """What a tuner tries beside the heuristic: splits, depths and steps up to 64 tokens; tiles and way D above."""
+    base, m = heuristic(shape, card), shape.m
+    blocks = -(-shape.k // 128)
+    rounds = shape.dtype == torch.bfloat16 and m > 64
+    if m <= 64:
+        changes = [{"split_k": s, "num_stages": d} for s in (1, 2, 4, 8) for d in (3, 4, 5)]
+        changes += [{"pack_blocks": b, "num_stages": d} for b in (1, 2) for d in (2, 3, 4)]
+        changes += [{"block_n": n, "num_warps": w} for n, w in ((64, 4), (128, 8), (256, 8))]
+        changes += [{"block_m": b, "num_warps": 4 if b <= 32 else 8} for b in (16, 32, 64)]
+    else:
+        fused = {"dequantize_mb": 0, "scale_weight": rounds}
+        tiles = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (256, 64, 8), (256, 128, 8), (128, 256, 8))
+        changes = [
+            {**fused, "block_n": n, "block_m": b, "num_warps": w, "num_stages": d} for d in (3, 4) for n, b, w in tiles
+        ]
+        changes += [{**fused, "block_m": 64, "scale_weight": False}, {**fused, "raster": 4}]
+        changes += [{"dequantize_mb": size} for size in (16, 32, 64)] if rounds else []
+
+    def fits(c: Config) -> bool:
+        if c.dequantize_mb:
+            return True
+        x_bytes, w_bytes = c.block_m * 256 * c.pack_blocks, c.block_n * 64 * c.pack_blocks
+        largest = 128 * 64 if card.sm >= 100 else 256 * 128
+        whole = blocks % c.pack_blocks == 0 and (c.pack_blocks == 1 or shape.group >= 64)
+        split = 4 * c.split_k <= max(4, blocks // c.pack_blocks)
+        held = (x_bytes + w_bytes) * c.num_stages <= card.shared_bytes
+        return held and whole and split and c.block_n * c.block_m <= largest
+
+    return tuning.variants(base, changes, fits)
+
+
 @functools.cache
 def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__)
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,11 +250,17 @@ def plan(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
     config: Config | None = None,
-) -> tuple[torch.Tensor, list[Launch]]:
-    """The output, and the one or two kernels that fill it."""
+) -> tuple[torch.Tensor, list[Launch | Product]]:
+    """The output, and the kernels that fill it: one, or two for a split K, or two per chunk of way D.
+
+    Memory beside the output: the parts of a split K, fp32 [split, M, N] (M <= 256 if batch_invariant), or one chunk of the
+    weight, at most `dequantize_mb` MB.
+    """
     m = x.shape[0]
-    config = config or config_for(tuning.Shape(m, n, k, group, x.dtype), card)
+    if config is None:
+        config = (invariant if batch_invariant else config_for)(tuning.Shape(m, n, k, group, x.dtype), card)
     step = 128 * config.pack_blocks
     each, split = tuning.cut(triton.cdiv(k, step), config.split_k)
     n_pad, k_pad = w.shape[0], 4 * w.shape[1]
@@ -180,7 +273,8 @@ def plan(
             f"{OP}: group is {group}, expected 32, 64, a multiple of 128, or K = {k}: planes hold 32 codes"
         )
     y = contract.out_like(x, w, scale, zero, bias, n, k, group, packing)
-    out = y if split == 1 else x.new_empty((split, m, n), dtype=torch.float32)
+    if config.dequantize_mb:
+        return y, _by_chunks(x, w, scale, bias, y, config.dequantize_mb, ROW if group == k else group)
     has_bias = bias is not None and split == 1
     options = {
         "GROUP": ROW if group == k else group,
@@ -197,13 +291,50 @@ def plan(
         "enable_fp_fusion": FUSION,
         **registers(card),
     }
-    sizes = (m, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
-    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
-    args = (x, w, scale, bias if has_bias else scale, out, *sizes)
-    launches = [Launch(matmul_w4a16_kernel, grid, args, options, (config.block_n, step))]
-    if split > 1:
-        launches.append(add_slices_launch(out, None, None, bias, y))
+    rows = min(m, INVARIANT_ROWS) if batch_invariant and split > 1 else m
+    space = x.new_empty(split * rows * n, dtype=torch.float32) if split > 1 else y
+    launches: list[Launch | Product] = []
+    for first in range(0, m, rows):
+        x_part, y_part = x[first : first + rows], y[first : first + rows]
+        count = x_part.shape[0]
+        out = y_part if split == 1 else space[: split * count * n].view(split, count, n)
+        sizes = (count, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
+        grid = (triton.cdiv(n, config.block_n) * triton.cdiv(count, config.block_m), split)
+        args = (x_part, w, scale, bias if has_bias else scale, out, *sizes)
+        launches.append(Launch(matmul_w4a16_kernel, grid, args, options, (config.block_n, step)))
+        if split > 1:
+            launches.append(add_slices_launch(out, None, None, bias, y_part))
     return y, launches
+
+
+def _by_chunks(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    word: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    megabytes: int,
+    group: int,
+) -> list[Launch | Product]:
+    """Way D: chunk after chunk in the same memory, made whole by a kernel of ours and multiplied by torch."""
+    n, (n_pad, words), k = y.shape[1], w.shape, x.shape[1]
+    parts = chunks(n, 4 * words, megabytes)
+    chunk = x.new_empty((-(-(parts[0][1] - parts[0][0]) // 64) * 64, 4 * words))
+    launches: list[Launch | Product] = []
+    for first, last in parts:
+        grid = (triton.cdiv(last - first, 64), words // 32)
+        args = (w, word, chunk, first, n_pad, w.stride(0), chunk.stride(0))
+        options = {
+            "GROUP": group,
+            "USE_ASM": not INTERPRETED,
+            "BLOCK_N": 64,
+            "num_warps": 4,
+            "enable_fp_fusion": FUSION,
+        }
+        launches.append(Launch(dequantize_planes16_kernel, grid, args, options))
+        part = None if bias is None else bias[first:last]
+        launches.append(Product(x, chunk[: last - first, :k], part, y[:, first:last]))
+    return launches
 
 
 def run(
@@ -216,8 +347,10 @@ def run(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The body: what op.py calls."""
-    y, launches = plan(device.card_of(x.device), x, w, scale, zero, bias, n, k, group, packing)
+    card = device.card_of(x.device)
+    y, launches = plan(card, x, w, scale, zero, bias, n, k, group, packing, batch_invariant)
     start(launches, x.device)
     return y
