@@ -37,10 +37,10 @@ void expect_group(int64_t group, int64_t k) {
 // matmul_w4a16 and matmul_w8a16
 template <void (*Ops::*op)(const MatmulA16&)>
 void matmul_a16(Address x, Address w, Address scale, Address zero, Address bias, Address y, int64_t m, int64_t n,
-                int64_t k, int64_t group, int64_t stride_xm, int x_dtype) {
+                int64_t k, int64_t group, int64_t stride_xm, int x_dtype, int batch_invariant) {
     expect_group(group, k);
     (ops().*op)({at<void>(x), at<void>(w), at<float>(scale), at<int8_t>(zero), at<float>(bias), at<void>(y), m, n, k,
-                 group, stride_xm, x_dtype});
+                 group, stride_xm, x_dtype, batch_invariant != 0});
 }
 
 void matmul_w4a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
@@ -90,7 +90,7 @@ NB_MODULE(_cpu, module) {
                "k"_a, "stride_xm"_a, "y_dtype"_a, nogil());
     const auto matmul_a16 = [&module](const char* name, auto function) {
         module.def(name, function, "x"_a, "w"_a, "scale"_a, "zero"_a, "bias"_a, "y"_a, "m"_a, "n"_a, "k"_a, "group"_a,
-                   "stride_xm"_a, "x_dtype"_a, nogil());
+                   "stride_xm"_a, "x_dtype"_a, "batch_invariant"_a = 0, nogil());
     };
     matmul_a16("matmul_w4a16", &percard::matmul_a16<&percard::Ops::matmul_w4a16>);
     matmul_a16("matmul_w8a16", &percard::matmul_a16<&percard::Ops::matmul_w8a16>);

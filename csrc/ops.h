@@ -42,6 +42,7 @@ struct MatmulA16 {
     void* y;             // x_dtype [m, n]
     int64_t m, n, k, group, stride_xm;
     int x_dtype;
+    bool batch_invariant;  // the bits of a row do not depend on m
 };
 
 // y = (sum over groups, ascending, by fused multiply-add, of scale * (int32 sum of q * xq)) * sx + bias

@@ -338,7 +338,8 @@ static void run(const MatmulA16& a) {
     const int64_t block_bytes = round_up(a.k, 128) / W::kLine * 64;
     const Job job{a,           factor,           (a.k + a.group - 1) / a.group, round_up(a.k, W::kLine) / W::kLine,
                   block_bytes, round_up(a.n, 16)};
-    if (a.m <= kFew) return few_tokens<W>(job);
+    // Streaming adds in another order than the rest, so it is out when rows must not depend on their number.
+    if (a.m <= kFew && !a.batch_invariant) return few_tokens<W>(job);
 #ifdef PERCARD_ISA_amx_int8
     if (job.groups == 1 || a.group % 32 == 0) {
         if (a.x_dtype == kBFloat16) return by_tiles<W, 1>(job);
