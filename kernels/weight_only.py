@@ -26,17 +26,31 @@ from .weight import (
 
 ROUNDS_WEIGHT_ABOVE = 64  # rows of bf16 above which `tolerance` lets a body round weights to bf16
 SCHEMA = (
-    "(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, int n, int k, int group, str packing) -> Tensor"
+    "(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, int n, int k, int group, str packing,"
+    " bool batch_invariant=False) -> Tensor"
 )
 
-Flat = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, str]
+Flat = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, str, bool
+]
 
 
-def unwrap(op: str, bits: int, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> Flat:
-    """`group` of the flat form is always a number of weights: K when a row has one scale."""
+def unwrap(
+    op: str,
+    bits: int,
+    x: torch.Tensor,
+    w: QuantTensor,
+    bias: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Flat:
+    """`group` of the flat form is always a number of weights: K when a row has one scale.
+
+    `batch_invariant`: the bits of a row of y do not depend on the other rows of x, nor on their number.
+    """
     expect_spec(op, w, bits=bits, symmetric_only=False, rows_only=False)
     n, k = w.shape
-    return rows_contiguous(x), w.data, w.scale, w.zero, fp32_bias(bias), n, k, w.spec.group or k, w.packing
+    group = w.spec.group or k
+    return rows_contiguous(x), w.data, w.scale, w.zero, fp32_bias(bias), n, k, group, w.packing, batch_invariant
 
 
 def check(
@@ -50,6 +64,7 @@ def check(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> None:
     if x.dtype not in DTYPE_CODES:
         raise ValueError(f"{op}: x is {x.dtype}, expected bfloat16, float16 or float32; cast it")
@@ -69,6 +84,7 @@ def out_like(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
 
@@ -83,6 +99,7 @@ def cost(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> Cost:
     m = x.shape[0]
     return Cost(flops=2 * m * n * k, bytes=m * (k + n) * x.element_size() + weight_bytes(w, scale, zero, bias))
@@ -99,9 +116,11 @@ def native(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> tuple[int, ...]:
     pointers = (pointer(x), pointer(w), pointer(scale), pointer(zero), pointer(bias), pointer(out))
-    return (*pointers, x.shape[0], n, k, group, x.stride(0), DTYPE_CODES[x.dtype])
+    flags = (1,) if batch_invariant else ()  # the function's own default is no
+    return (*pointers, x.shape[0], n, k, group, x.stride(0), DTYPE_CODES[x.dtype], *flags)
 
 
 def tolerance(
@@ -115,6 +134,7 @@ def tolerance(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """One ulp of the output type, and 2^-16 of the sum of absolute products for the order of the sum.
 
@@ -140,6 +160,7 @@ def triton_takes(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> str | None:
     """None, or why a Triton body that reads packing `wanted` does not serve."""
     if x.dtype == torch.float32:
@@ -158,6 +179,7 @@ def takes(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> str | None:
     """None, or why a body that reads packing `wanted` and any type of x does not serve."""
     return wrong_packing(packing, wanted)
@@ -173,6 +195,7 @@ def product(
     k: int,
     group: int,
     packing: str,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The meaning of these ops, on a plain weight: fp32 sums, one rounding to the type of x."""
     y = x.float() @ values(w, scale, zero, group).T
