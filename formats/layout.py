@@ -14,13 +14,14 @@ What is common to all:
 - 4-bit codes are unsigned, u = q + 8 in 0..15. 8-bit codes are signed.
 - `scale` is fp32 [groups, Np], one column per output row, so that a body reads neighbours for neighbouring rows; `zero` is
   int8 [groups, Np], signed as on disk, or None. With a group G, groups = Kp/G; without one, groups = 1.
-- `planes16_w4` keeps scale and zero point in one int32 word per group and row, in `scale`; `zero` is None (`scale_words`).
+- `planes16_w4`, and `planes16_w8` of an asymmetric spec, keep scale and zero point in one int32 word per group and row, in
+  `scale`; `zero` is None (`scale_words`). A kernel loads it once, and ahead of time, since it feeds the product.
 - Padding counts nothing: the padded rows and groups have scale 0 and zero 0 and the code 0; columns that are padded inside
   the group of a true row (specs without a group) hold the row's zero point, so that code - zero = 0.
 - `shape` stays the true (N, K).
 
-Unpacking gives fp32 scales: the values are exact (in `planes16_w4` those of bf16 and fp16 scales; others to 2^-19), the dtype
-that they are stored in on disk is the checkpoint's business.
+Unpacking gives fp32 scales: the values are exact (in scale words those of bf16 and fp16 scales; others to 2^-19, beside 8-bit
+codes to 2^-16), the dtype that they are stored in on disk is the checkpoint's business.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import replace
 
 import torch
 
-from .spec import FormatError
+from .spec import FormatError, QuantSpec
 from .tensor import ExpertsTensor, QuantTensor
 
 BLOCK = 128  # K is cut into blocks of this many codes
@@ -43,6 +44,11 @@ def padded_shape(shape: tuple[int, int], packing: str) -> tuple[int, int]:
     """(Np, Kp) of a weight of true size (N, K) in a packing."""
     rows = 16 if packing.startswith("rows16_") else 64
     return -(-shape[0] // rows) * rows, -(-shape[1] // BLOCK) * BLOCK
+
+
+def has_words(spec: QuantSpec, packing: str) -> bool:
+    """Whether `scale` of a packed weight is int32, scale and zero point in one word (`scale_words`)."""
+    return packing == "planes16_w4" or (packing == "planes16_w8" and not spec.symmetric)
 
 
 def storage(shape: tuple[int, int], packing: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -131,26 +137,37 @@ def _unpack(
     return replace(qt, data=codes, scale=scale, zero=zero, packing="plain")
 
 
-def scale_words(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+def scale_words(scale: torch.Tensor, zero: torch.Tensor | None, bits: int = 4) -> torch.Tensor:
     """fp32 scales and signed zero points int8 (None: 0) of one shape as int32 words: what a kernel needs of a group in one load.
 
         bit 31   30 ...... 23   22 ............. 5   4 ... 0
            [ sign | exponent  |  upper mantissa    |  z + 8 ]     word & 0xFFFFFFE0 is the fp32 scale, word & 31 is z + 8
+           [ sign | exponent  |  mantissa, 22..8 | z + 128  ]     beside 8-bit codes: word & 0xFFFFFF00, word & 255
 
-    18 bits of mantissa hold every bf16 and fp16 scale exactly (subnormal fp16 too); an fp32 scale is rounded to the nearest
-    of them, by at most 2^-19 of itself. Five bits hold z + 8 = 16 as well, which GPTQ files of version 1 have.
+    18 bits of mantissa hold every bf16 and fp16 scale exactly (subnormal fp16 too), and so do 15; an fp32 scale is rounded to
+    the nearest, by at most 2^-19 or 2^-16 of itself. Five bits hold z + 8 = 16 as well, which GPTQ files of version 1 have.
     """
-    unsigned = torch.full_like(scale, 8, dtype=torch.int32) if zero is None else zero.to(torch.int32) + 8
-    if unsigned.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) > 31):
-        found = f"{int(unsigned.min()) - 8} to {int(unsigned.max()) - 8}"
-        raise FormatError(f"packing planes16_w4: zero points reach from {found}, expected -8 to 23 in 4-bit weights")
-    bits = scale.contiguous().view(torch.int32)
-    return ((bits + 15 + ((bits >> 5) & 1)) & -32) | unsigned
+    low, half = _low_bits(bits), 1 << (bits - 1)
+    unsigned = torch.full_like(scale, half, dtype=torch.int32) if zero is None else zero.to(torch.int32) + half
+    if unsigned.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) >= 1 << low):
+        found = f"{int(unsigned.min()) - half} to {int(unsigned.max()) - half}"
+        most = f"{-half} to {(1 << low) - 1 - half}"
+        raise FormatError(
+            f"packing planes16_w{bits}: zero points reach from {found}, expected {most} in {bits}-bit weights"
+        )
+    word = scale.contiguous().view(torch.int32)
+    return ((word + (1 << (low - 1)) - 1 + ((word >> low) & 1)) & -(1 << low)) | unsigned
 
 
-def split_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_words(words: torch.Tensor, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `scale_words`: scale fp32 and signed zero int8."""
-    return (words & -32).view(torch.float32), ((words & 31) - 8).to(torch.int8)
+    low = _low_bits(bits)
+    return (words & -(1 << low)).view(torch.float32), ((words & ((1 << low) - 1)) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _low_bits(bits: int) -> int:
+    """Bits of a scale word that hold the zero point."""
+    return 5 if bits == 4 else 8
 
 
 def pack_planes16_w4(qt: QuantTensor) -> QuantTensor:
@@ -193,14 +210,17 @@ def pack_planes16_w8(qt: QuantTensor) -> QuantTensor:
            [  plane 1  |  plane 0  ]      plane 0 holds the signed code of k = j, plane 1 of k = 64 + j
               k=64+j      k=j             128 bytes per row and block
 
-    As wide as bf16 for the reason that planes16_w4 is. `scale` stays fp32 and `zero` int8: a zero point of 8 bits would leave
-    15 bits of mantissa in a word of 32, and round an fp32 scale by 2^-16, all that a sum may be off by.
+    As wide as bf16 for the reason that planes16_w4 is. Without zero points `scale` stays fp32, exact, and a kernel has nothing
+    to subtract; with them it becomes int32 [groups, Np], see `scale_words`.
     """
 
     def to_data(codes: torch.Tensor) -> torch.Tensor:
         return codes.view(codes.shape[0], -1, 2, 64).transpose(2, 3)  # [n, blocks, j, byte of the word]
 
-    return _pack(qt, "planes16_w8", 8, to_data)
+    packed = _pack(qt, "planes16_w8", 8, to_data)
+    if packed.zero is None:
+        return packed
+    return replace(packed, scale=scale_words(packed.scale, packed.zero, 8), zero=None)
 
 
 def unpack_planes16_w8(qt: QuantTensor) -> QuantTensor:
@@ -209,7 +229,8 @@ def unpack_planes16_w8(qt: QuantTensor) -> QuantTensor:
     def to_codes(data: torch.Tensor, n: int, k: int) -> torch.Tensor:
         return data.view(n, k // BLOCK, 64, 2).transpose(2, 3).reshape(n, k)
 
-    return _unpack(qt, "planes16_w8", 8, to_codes)
+    scale, zero = (qt.scale, None) if qt.spec.symmetric else split_words(qt.scale, 8)
+    return _unpack(replace(qt, scale=scale, zero=zero), "planes16_w8", 8, to_codes)
 
 
 def pack_planes8_w4(qt: QuantTensor) -> QuantTensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.layout import padded_shape, storage
+from ..formats.layout import has_words, padded_shape, storage
 from ..formats.spec import QuantSpec
 from ..formats.tensor import QuantTensor
 
@@ -113,7 +113,7 @@ def blank_weight(case: Case, packing: str) -> QuantTensor:
     spec, (dtype, size) = QuantSpec.parse(case.spec), storage((case.n, case.k), packing)
     columns, padded_k = padded_shape((case.n, case.k), packing)
     groups = 1 if spec.group is None else padded_k // spec.group
-    words = packing == "planes16_w4"
+    words = has_words(spec, packing)
     scale = torch.empty(groups, columns, dtype=torch.int32 if words else torch.float32, device="meta")
     zero = None if words or spec.symmetric else torch.empty(groups, columns, dtype=torch.int8, device="meta")
     data = torch.empty(size, dtype=dtype, device="meta")

@@ -186,35 +186,43 @@ def _plane16_w8(plane: int, bf16: bool, has_zero: bool) -> str:
 
 
 @triton.jit
-def minus_zero8(zero, DTYPE: tl.constexpr):
-    """Zero points int8 [BLOCK_N] -> the int16 bits of -z in bf16 or of -(1152 + z) in fp16."""
+def word8_scale(word, HAS_ZERO: tl.constexpr):
+    """fp32 scales [BLOCK_N], or int32 words of scale and z + 128 if HAS_ZERO -> the scales fp32."""
+    return (word & -256).to(tl.float32, bitcast=True) if HAS_ZERO else word
+
+
+@triton.jit
+def minus_zero8(word, DTYPE: tl.constexpr):
+    """Scale words int32 [BLOCK_N] -> the int16 bits of -z in bf16 or of -(1152 + z) in fp16."""
     if tl.bfloat16 == DTYPE:
-        bits = (-zero.to(tl.float32)).to(tl.bfloat16).to(tl.int16, bitcast=True)
+        bits = (128 - (word & 255)).to(tl.float32).to(tl.bfloat16).to(tl.int16, bitcast=True)
     else:
-        bits = zero.to(tl.int16) + (0xE480 - 0x10000)
+        bits = ((word & 255) | 0xE400).to(tl.int16)
     return bits
 
 
 @triton.jit
 def unpack_plane16_w8(
-    w_packed, scale, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr
+    w_packed, word, PLANE: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr
 ):
-    """Plane `PLANE` of words int16 [BLOCK_N, J], zero points int8 [BLOCK_N] if HAS_ZERO -> q - z in bf16 or fp16.
+    """Plane `PLANE` of words int16 [BLOCK_N, J] -> q - z in bf16 or fp16.
 
-    fp32 `scale` [BLOCK_N] is handed to the assembly, which does not read it: see unpack_plane8_with.
+    `word` [BLOCK_N] is int32, scale and zero point in one, if HAS_ZERO, else the fp32 scale. That one is handed to the
+    assembly, which does not read it: see unpack_plane8_with.
     """
     if USE_ASM:
         asm: tl.constexpr = _plane16_w8(PLANE, tl.bfloat16 == DTYPE, HAS_ZERO)
-        follow = scale.to(tl.int32, bitcast=True)[:, None]
         if HAS_ZERO:
-            z = minus_zero8(zero, DTYPE)[:, None]
-            w = tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [w_packed, z, follow], DTYPE, is_pure=True, pack=2)
+            zero = minus_zero8(word, DTYPE)[:, None]
+            bits = tl.inline_asm_elementwise(asm, "=r,r,r", [w_packed, zero], tl.int16, is_pure=True, pack=2)
         else:
-            w = tl.inline_asm_elementwise(asm, "=r,r,r,r", [w_packed, follow], DTYPE, is_pure=True, pack=2)
+            follow = word.to(tl.int32, bitcast=True)[:, None]
+            bits = tl.inline_asm_elementwise(asm, "=r,r,r,r", [w_packed, follow], tl.int16, is_pure=True, pack=2)
+        w = bits.to(DTYPE, bitcast=True)
     else:
         code = (w_packed << (8 - 8 * PLANE)) >> 8
         if HAS_ZERO:
-            code -= zero.to(tl.int16)[:, None]
+            code += (128 - (word & 255)).to(tl.int16)[:, None]
         w = code.to(DTYPE)
     return w
 

@@ -63,8 +63,8 @@ def check_weight(
             raise ValueError(
                 f"{op}: w holds {found}, expected {size} for [{n}, {k}] packed as {packing}; pack it again"
             )
-        # planes16_w4 may hold scale words: bf16 scale and zero point in one int32 (kernels/matmul_w4a16/gpu.py).
-        if scale.dtype != torch.float32 and (scale.dtype != torch.int32 or packing != "planes16_w4"):
+        # Scale words hold scale and zero point in one int32 (formats/layout.py).
+        if scale.dtype != torch.float32 and (scale.dtype != torch.int32 or not packing.startswith("planes16_")):
             raise ValueError(f"{op}: scale is {scale.dtype}, expected float32 in packing {packing}; pack it again")
     if scale.shape != (rows, columns) and not (group == k and scale.ndim == 2 and _is_padded(scale, columns, packing)):
         raise ValueError(

@@ -43,7 +43,7 @@ def test_inverse(packing: str, name: str, shape: tuple[int, int]) -> None:
     n, k = padded_shape(shape, packing)
     assert packed.packing == packing and packed.shape == shape and packed.data.is_contiguous()
     assert packed.data.numel() * packed.data.element_size() == n * k * qt.spec.weight_bits // 8
-    assert packed.scale.dtype == (torch.int32 if packing == "planes16_w4" else torch.float32)
+    assert packed.scale.dtype == (torch.int32 if layout.has_words(qt.spec, packing) else torch.float32)
     assert packed.scale.shape[1] == n
     back = repack(packed, "plain")
     assert torch.equal(back.data, qt.data) and torch.equal(back.scale, qt.scale.float())
@@ -57,7 +57,7 @@ ODD += [(p, s, k) for p, s in CASES if "-g32" in s for k in (32, 96, 160)]
 
 @pytest.mark.parametrize(("packing", "name", "k"), ODD)
 def test_inverse_for_odd_inputs(packing: str, name: str, k: int) -> None:
-    qt = random_tensor(5, k, name, torch.float16 if packing == "planes16_w4" else torch.float32, seed=k)
+    qt = random_tensor(5, k, name, torch.float16 if packing.startswith("planes16") else torch.float32, seed=k)
     back = repack(repack(qt, packing), "plain")
     assert torch.equal(back.data, qt.data) and torch.equal(back.scale, qt.scale)
 
@@ -125,7 +125,8 @@ def test_padding_counts_nothing(packing: str) -> None:
     qt = random_tensor(17, 160, "w4a16-g32-asym" if BITS[packing] == 4 else "w8a16-g32-asym")
     packed = repack(qt, packing)
     n, k = padded_shape(qt.shape, packing)
-    scale, zero = layout.split_words(packed.scale) if packing == "planes16_w4" else (packed.scale, packed.zero)
+    words, bits = layout.has_words(qt.spec, packing), BITS[packing]
+    scale, zero = layout.split_words(packed.scale, bits) if words else (packed.scale, packed.zero)
     assert zero is not None
     assert scale.shape == zero.shape == (k // 32, n)
     assert torch.count_nonzero(scale[5:]) == 0 and torch.count_nonzero(scale[:, 17:]) == 0
@@ -152,9 +153,16 @@ def test_scale_words() -> None:
         assert words.dtype == torch.int32 and torch.equal(words & 31, zero + 8)
         back, zero_back = layout.split_words(words)
         assert torch.equal(back, scale) and torch.equal(zero_back, zero)
+        zero = (torch.arange(scale.numel()) % 256 - 128).to(torch.int8)
+        words = layout.scale_words(scale, zero, 8)
+        assert torch.equal(words & 255, zero.to(torch.int32) + 128)
+        back, zero_back = layout.split_words(words, 8)
+        assert torch.equal(back, scale) and torch.equal(zero_back, zero)
     fine = torch.rand(1000) * 3 + 1e-3
     assert float(((layout.split_words(layout.scale_words(fine, None))[0] - fine) / fine).abs().max()) <= 2.0**-19
     assert torch.equal(layout.split_words(layout.scale_words(fine, None))[1], torch.zeros(1000, dtype=torch.int8))
+    wide = layout.split_words(layout.scale_words(fine, None, 8), 8)
+    assert float(((wide[0] - fine) / fine).abs().max()) <= 2.0**-16 and not wide[1].any()
     with pytest.raises(FormatError, match="zero points reach from -9 to -9"):
         layout.scale_words(torch.ones(1), torch.tensor([-9], dtype=torch.int8))
 

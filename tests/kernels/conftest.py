@@ -15,7 +15,7 @@ import torch
 from percard.kernels import device, op
 from percard.kernels.op import Op
 
-OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w4a8")  # search_scale has a suite of its own
+OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")  # search_scale has a suite of its own
 
 
 class Body(NamedTuple):

@@ -21,11 +21,13 @@ from percard.kernels.shapes import Case
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 INT8 = ("matmul_w8a8", "matmul_w4a8")
-MATMULS = ("matmul_w8a8", "matmul_w4a16", "matmul_w4a8")
+A16 = ("matmul_w4a16", "matmul_w8a16")
+MATMULS = ("matmul_w8a8", *A16, "matmul_w4a8")
 SPECS = {
     "quantize_rows": ("",),
     "matmul_w8a8": ("w8a8",),
     "matmul_w4a16": ("w4a16", "w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-asym"),
+    "matmul_w8a16": ("w8a16", "w8a16-g32-asym", "w8a16-g64", "w8a16-asym", "w8a16-g128"),
     "matmul_w4a8": ("w4a8", "w4a8-g32", "w4a8-g64", "w4a8-g128"),
 }
 
@@ -44,8 +46,8 @@ def unserved(body: Any, case: Case) -> str | None:
     """Why a Triton body is not asked for a case: types that it does not take, types that the interpreter gets wrong."""
     if body.name != "triton":
         return None
-    if body.op.name == "matmul_w4a16" and case.dtype == FP32:
-        return "matmul_w4a16 triton multiplies 16-bit activations"
+    if body.op.name in A16 and case.dtype == FP32:
+        return f"{body.op.name} triton multiplies 16-bit activations"
     if body.where == "cpu" and case.dtype == BF16:
         return "Triton's interpreter multiplies the bit patterns of bf16 (triton#11584); bf16 runs on a card"
     return None

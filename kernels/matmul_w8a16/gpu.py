@@ -1,0 +1,191 @@
+"""Triton body of matmul_w8a16: y^T = W @ x^T, int8 codes made bf16 or fp16 in registers on their way to the MMA.
+
+Two ways to apply the scale of a group, one kernel, as in matmul_w4a16:
+    A  w = q - z, exact; the sum of a group in its own accumulator; acc += scale * sum      any scale, M <= 64, all fp16
+    C  w = (q - z) * scale, rounded to bf16; one accumulator                                M > 64 in bf16
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import device, tuning
+from ..device import Card
+from ..tiles import (
+    FUSION,
+    INTERPRETED,
+    Launch,
+    add_slices_launch,
+    registers,
+    start,
+    tile_index,
+    unpack_plane16_w8,
+    word8_scale,
+)
+from . import contract
+
+OP = contract.OP
+OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
+ROW = 1 << 30  # the kernel's GROUP for one scale per row: every k // ROW is group 0
+
+
+@triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
+def matmul_w8a16_kernel(
+    x_ptr, w_ptr, word_ptr, bias_ptr, y_ptr,
+    M, N, K, N_PAD, steps_per_split,
+    stride_xm, stride_wn, stride_ym,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    SCALE_WEIGHT: tl.constexpr, USE_ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PACK_BLOCKS: tl.constexpr, RASTER: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum_g scale[n, g] * sum_{k in g} (q[n, k] - z[n, g]) * x[m, k] + bias[n]
+
+    x bf16 | fp16 [M, K], rows stride_xm apart; w int16 [N_PAD, stride_wn] in packing planes16_w8; word [groups, N_PAD]:
+    fp32 scales, or int32 scale words if HAS_ZERO (formats/layout.py); bias fp32 [N]; y [M, N], rows stride_ym apart, in the
+    type of x, or fp32 [splits, M, N] for the parts of a split K.
+
+                                               x^T, 128 codes:  p=0 [J, BLOCK_M]      one program: BLOCK_N rows of W,
+        W  [BLOCK_N, J] words  -> 2 planes     @                p=1 [J, BLOCK_M]      BLOCK_M tokens, steps_per_split
+                                  [BLOCK_N, J]                                        steps of PACK_BLOCKS * 128 codes
+
+    J = 64 words, of groups of 32 twice 32: then piece h and plane p are the codes 64 p + 32 h .. + 31, one group.
+
+    Source: weights on the left so that they stay in registers, as tilelang and triton_kernels turn the product (SWAP_XW).
+    """
+    PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
+    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
+    split = tl.program_id(1)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_j = tl.arange(0, PIECE)
+    rows = offs_n % N_PAD  # rows past the padding wrap around: they are never stored, so no mask is spent on them
+    mask_n, mask_m = offs_n < N, offs_m < M
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128 * PACK_BLOCKS))
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + (first * (64 * PACK_BLOCKS) + offs_j)[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * (128 * PACK_BLOCKS) + offs_j)[:, None]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(first, last):
+        for piece in tl.static_range(PACK_BLOCKS * (64 // PIECE)):
+            w_packed = tl.load(w_ptrs + PIECE * piece, eviction_policy="evict_first")  # [BLOCK_N, PIECE]
+            for p in tl.static_range(2):
+                k = 128 * ((PIECE * piece) // 64) + (PIECE * piece) % 64 + 64 * p
+                inside = mask_m[None, :]
+                if not EVEN_K:
+                    inside = inside & (step * (128 * PACK_BLOCKS) + k + offs_j < K)[:, None]
+                x = tl.load(x_ptrs + k, mask=inside, other=0.0, eviction_policy="evict_last")  # [PIECE, BLOCK_M]
+                if p == 0 or GROUP <= 64:
+                    group = (step * (128 * PACK_BLOCKS) + k) // GROUP
+                    word = tl.load(word_ptr + group.to(tl.int64) * N_PAD + rows)  # [BLOCK_N]
+                    part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                w = unpack_plane16_w8(w_packed, word, p, x_ptr.dtype.element_ty, HAS_ZERO, USE_ASM)
+                if SCALE_WEIGHT:
+                    w *= word8_scale(word, HAS_ZERO).to(w.dtype)[:, None]
+                    acc = tl.dot(w, x, acc)  # [BLOCK_N, BLOCK_M]
+                else:
+                    part = tl.dot(w, x, part)  # [BLOCK_N, BLOCK_M]
+                    if p == 1 or GROUP <= 64:
+                        acc = tl.fma(part, word8_scale(word, HAS_ZERO)[:, None], acc)
+        w_ptrs += 64 * PACK_BLOCKS
+        x_ptrs += 128 * PACK_BLOCKS
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    y = tl.trans(acc).to(y_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+    tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of y^T, pack blocks of 128 codes per step, parts of K, way C (scale_weight), raster, warps, stages."""
+
+    block_n: int
+    block_m: int
+    pack_blocks: int
+    split_k: int
+    scale_weight: bool
+    raster: int
+    num_warps: int
+    num_stages: int
+
+
+def heuristic(shape: tuning.Shape, card: Card) -> Config:
+    """Way A, and K split until the card is full, up to 64 tokens; way C on square tiles above (bf16)."""
+    m, n = shape.m, shape.n
+    blackwell = card.sm >= 100
+    if m > 64:
+        scale_weight = shape.dtype == torch.bfloat16
+        square = scale_weight and not blackwell
+        return Config(128, 128 if square else 64, 1, 1, scale_weight, 8, 8, 3)
+    # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
+    block_m = 32 if m == 64 and n < 64 * card.sms else max(m, 16)
+    tiles = -(-n // 128) * -(-m // block_m)
+    split = tuning.split_k(tiles, -(-shape.k // 128), shape, card)
+    return Config(128, block_m, 1, split, False, 8, 4 if block_m <= 32 else 8, 4)
+
+
+@functools.cache
+def _tuned() -> tuning.Table:
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
+
+
+@functools.lru_cache(maxsize=4096)
+def config_for(shape: tuning.Shape, card: Card) -> Config:
+    """Tuned for this card and Triton, or the heuristic's."""
+    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+
+
+def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch]]:
+    """The output, and the one or two kernels that fill it."""
+    x, w, scale, _, bias, n, k, group, *_ = flat
+    m, (n_pad, words) = x.shape[0], w.shape
+    config = config or config_for(tuning.Shape(m, n, k, group, x.dtype), card)
+    step = 128 * config.pack_blocks
+    if 2 * words % step:
+        raise ValueError(f"{OP}: a step is {step} codes, expected a divisor of the padded K = {2 * words}")
+    if group != k and group not in (32, 64, 128):
+        raise ValueError(f"{OP}: group is {group}, expected 32, 64, 128 or K = {k}")
+    each, split = tuning.cut(triton.cdiv(k, step), config.split_k)
+    y = contract.out_like(*flat)
+    out = y if split == 1 else x.new_empty((split, m, n), dtype=torch.float32)
+    has_bias = bias is not None and split == 1
+    options = {
+        "GROUP": ROW if group == k else group,
+        "HAS_ZERO": scale.dtype == torch.int32,
+        "HAS_BIAS": has_bias,
+        "EVEN_K": k % step == 0,
+        "SCALE_WEIGHT": config.scale_weight,
+        "USE_ASM": not INTERPRETED,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "PACK_BLOCKS": config.pack_blocks,
+        "RASTER": config.raster,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": FUSION,
+        **registers(card),
+    }
+    tensors = (x, w, scale, bias if has_bias else scale, out)
+    sizes = (m, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
+    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
+    launches = [Launch(matmul_w8a16_kernel, grid, (*tensors, *sizes), options, (config.block_n, step))]
+    if split > 1:
+        launches.append(add_slices_launch(out, None, None, bias, y))
+    return y, launches
+
+
+def run(*flat: Any) -> torch.Tensor:
+    """The body: what op.py calls with the arguments of the schema."""
+    where = flat[0].device
+    y, launches = plan(device.card_of(where), *flat)
+    start(launches, where)
+    return y
