@@ -24,6 +24,19 @@ void quantize_rows(Address x, Address q, Address scale, Address row_sum, int64_t
     ops().quantize_rows({at<void>(x), at<int8_t>(q), at<float>(scale), at<int32_t>(row_sum), m, k, stride_xm, x_dtype});
 }
 
+void rmsnorm_quantize(Address x, Address weight, Address residual, Address q, Address scale, Address row_sum, Address r,
+                      int64_t m, int64_t k, int64_t stride_xm, int64_t stride_rm, int x_dtype, double eps) {
+    ops().rmsnorm_quantize({at<void>(x), at<void>(weight), at<void>(residual), at<int8_t>(q), at<float>(scale),
+                            at<int32_t>(row_sum), at<void>(r), m, k, stride_xm, stride_rm, x_dtype,
+                            static_cast<float>(eps)});
+}
+
+void silu_mul_quantize(Address x, Address q, Address scale, Address row_sum, int64_t m, int64_t k, int64_t stride_xm,
+                       int x_dtype) {
+    ops().silu_mul_quantize(
+        {at<void>(x), at<int8_t>(q), at<float>(scale), at<int32_t>(row_sum), m, k, stride_xm, x_dtype});
+}
+
 void matmul_w8a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
                  int64_t k, int64_t stride_xm, int y_dtype) {
     ops().matmul_w8a8({at<int8_t>(xq), at<float>(sx), at<int8_t>(w), at<float>(scale), at<float>(bias), at<void>(y), m,
@@ -85,6 +98,10 @@ NB_MODULE(_cpu, module) {
     using nogil = nb::call_guard<nb::gil_scoped_release>;
     module.doc() = "C++ bodies of percard's ops. kernels/op.py is the only caller.";
     module.def("quantize_rows", &percard::quantize_rows, "x"_a, "q"_a, "scale"_a, "row_sum"_a, "m"_a, "k"_a,
+               "stride_xm"_a, "x_dtype"_a, nogil());
+    module.def("rmsnorm_quantize", &percard::rmsnorm_quantize, "x"_a, "weight"_a, "residual"_a, "q"_a, "scale"_a,
+               "row_sum"_a, "r"_a, "m"_a, "k"_a, "stride_xm"_a, "stride_rm"_a, "x_dtype"_a, "eps"_a, nogil());
+    module.def("silu_mul_quantize", &percard::silu_mul_quantize, "x"_a, "q"_a, "scale"_a, "row_sum"_a, "m"_a, "k"_a,
                "stride_xm"_a, "x_dtype"_a, nogil());
     module.def("matmul_w8a8", &percard::matmul_w8a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
                "k"_a, "stride_xm"_a, "y_dtype"_a, nogil());

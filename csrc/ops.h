@@ -20,6 +20,30 @@ struct QuantizeRows {
     int x_dtype;
 };
 
+// r = x + residual; quantize_rows of (r / sqrt(mean(r^2) + eps)) * weight; r and the product are rounded to x_dtype
+struct RmsnormQuantize {
+    const void* x;         // x_dtype [m, k], rows stride_xm apart
+    const void* weight;    // x_dtype [k]
+    const void* residual;  // x_dtype [m, k], rows stride_rm apart, or null
+    int8_t* q;             // [m, k]
+    float* scale;          // [m]
+    int32_t* row_sum;      // [m]
+    void* r;               // x_dtype [m, k], null without a residual
+    int64_t m, k, stride_xm, stride_rm;
+    int x_dtype;
+    float eps;
+};
+
+// quantize_rows of silu(x[m, :k]) * x[m, k:]; silu and the product are rounded to x_dtype
+struct SiluMulQuantize {
+    const void* x;     // x_dtype [m, 2 k], rows stride_xm apart
+    int8_t* q;         // [m, k]
+    float* scale;      // [m]
+    int32_t* row_sum;  // [m]
+    int64_t m, k, stride_xm;
+    int x_dtype;
+};
+
 // y = (int32 sum of xq * w) * sx * scale + bias, in this order, each step rounded to fp32
 struct MatmulW8A8 {
     const int8_t* xq;    // [m, k], rows stride_xm apart
@@ -78,16 +102,20 @@ struct Ops {
     void (*matmul_w8a16)(const MatmulA16&);
     void (*matmul_w4a8)(const MatmulW4A8&);
     void (*search_scale)(const SearchScale&);
+    void (*rmsnorm_quantize)(const RmsnormQuantize&);
+    void (*silu_mul_quantize)(const SiluMulQuantize&);
 };
 
-#define PERCARD_DECLARE(isa)                 \
-    namespace isa {                          \
-    void quantize_rows(const QuantizeRows&); \
-    void matmul_w8a8(const MatmulW8A8&);     \
-    void matmul_w4a16(const MatmulA16&);     \
-    void matmul_w8a16(const MatmulA16&);     \
-    void matmul_w4a8(const MatmulW4A8&);     \
-    void search_scale(const SearchScale&);   \
+#define PERCARD_DECLARE(isa)                        \
+    namespace isa {                                 \
+    void quantize_rows(const QuantizeRows&);        \
+    void matmul_w8a8(const MatmulW8A8&);            \
+    void matmul_w4a16(const MatmulA16&);            \
+    void matmul_w8a16(const MatmulA16&);            \
+    void matmul_w4a8(const MatmulW4A8&);            \
+    void search_scale(const SearchScale&);          \
+    void rmsnorm_quantize(const RmsnormQuantize&);  \
+    void silu_mul_quantize(const SiluMulQuantize&); \
     }
 PERCARD_DECLARE(scalar)
 PERCARD_DECLARE(avx2)

@@ -269,6 +269,57 @@ def unpack_plane8_with(w_packed, scale, PLANE: tl.constexpr, USE_ASM: tl.constex
     return w
 
 
+# Rows to int8, the tail of every op that makes activations for int8 matmuls; kernels/rows.py has the meaning.
+
+
+@triton.jit
+def row_scale(peak, poison):
+    """(is the row neither zero nor poisoned, 127 / absmax or 0, scale) of a row.
+
+    peak fp32 [BLOCK]: the largest absolute values that each place has met; poison fp32 [BLOCK]: sums of value * 0. A
+    maximum may drop NaN, a sum does not, and Inf * 0 is NaN.
+    """
+    absmax = tl.max(peak, axis=0)
+    poisoned = tl.sum(poison, axis=0)
+    live = (absmax >= 2.0**-100) & (poisoned == 0.0)
+    inverse = tl.where(live, tl.div_rn(127.0, tl.where(live, absmax, 1.0)), 0.0)
+    return live, inverse, tl.where(live, tl.div_rn(absmax, 127.0), 1.0) + poisoned
+
+
+@triton.jit
+def row_code(y, live, inverse):
+    """Codes -127 .. 127 of fp32 numbers [BLOCK], still as fp32."""
+    product = tl.where(live, y, 0.0) * inverse
+    # fp32 of 1.5 * 2^23 has steps of 1, so the add rounds to the nearest even integer
+    return tl.minimum(tl.maximum((product + 12582912.0) - 12582912.0, -127.0), 127.0)
+
+
+@triton.jit
+def exp(x):
+    """e^x of fp32, within 1.51 ulp: step by step what csrc/silu.h does, so the same bits (nothing here may be fused).
+
+    n = round(x / ln 2), r = x - n ln 2 in two parts, of which the first is exact;   e^x = 2^n * (1 + r + r^2 Q(r))
+    """
+    x = tl.minimum(tl.maximum(x, -104.0), 104.0)
+    n = (x * 1.44269504 + 12582912.0) - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    q = 0.0013814539415761828 * r + 0.00836874544620514
+    q = q * r + 0.04166838899254799
+    q = q * r + 0.1666652113199234
+    q = q * r + 0.4999999403953552
+    p = (q * (r * r) + r) + 1.0
+    half = (n * 0.5 + 12582912.0) - 12582912.0  # 2^n in two factors: e^88.7 is an fp32 number, 2^128 is not
+    low = ((half.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    high = (((n - half).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return (p * low) * high
+
+
+@triton.jit
+def silu(x):
+    """x / (1 + e^-x) of fp32, within 4 ulp, the same bits as csrc/silu.h."""
+    return tl.div_rn(x, exp(-x) + 1.0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def add_slices(
     part_ptr, sx_ptr, sw_ptr, bias_ptr, y_ptr,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .. import rows
 from ..op import DTYPE_CODES, Cost, pointer, rows_contiguous
-from ..weight import ulp
 
 SCHEMA = "(Tensor x) -> (Tensor, Tensor, Tensor)"
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def unwrap(x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -28,10 +27,8 @@ def check(x: torch.Tensor) -> None:
         )
 
 
-def out_like(x: torch.Tensor) -> Outputs:
-    m, k = x.shape
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    return q, x.new_empty((m,), dtype=torch.float32), x.new_empty((m,), dtype=torch.int32)
+def out_like(x: torch.Tensor) -> rows.Rows:
+    return rows.blank(x.shape[0], x.shape[1], x.device)
 
 
 def cost(x: torch.Tensor) -> Cost:
@@ -39,16 +36,15 @@ def cost(x: torch.Tensor) -> Cost:
     return Cost(flops=3 * m * k, bytes=m * k * (x.element_size() + 1) + 8 * m)
 
 
-def native(out: Outputs, x: torch.Tensor) -> tuple:
+def native(out: rows.Rows, x: torch.Tensor) -> tuple:
     m, k = x.shape
     q, scale, row_sum = out
     return (pointer(x), pointer(q), pointer(scale), pointer(row_sum), m, k, x.stride(0), DTYPE_CODES[x.dtype])
 
 
-def tolerance(want: Outputs, x: torch.Tensor) -> Outputs:
+def tolerance(want: rows.Rows, x: torch.Tensor) -> rows.Rows:
     """Codes and row sums are exact; a scale may be one ulp off, since nothing is rounded with it again."""
-    q, scale, row_sum = want
-    return torch.zeros_like(q), ulp(scale), torch.zeros_like(row_sum)
+    return rows.exact(want)
 
 
 def triton_takes(x: torch.Tensor) -> str | None:

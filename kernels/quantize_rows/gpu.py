@@ -12,7 +12,8 @@ import triton.language as tl
 
 from .. import device, tuning
 from ..device import Card
-from ..tiles import FUSION, Launch, start
+from ..rows import Rows
+from ..tiles import FUSION, Launch, row_code, row_scale, start
 from . import contract
 
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
@@ -46,21 +47,15 @@ def quantize_rows_kernel(
         x = tl.load(x_row + first + offs_k, mask=first + offs_k < K, other=0.0).to(tl.float32)  # [BLOCK_K]
         peak = tl.maximum(peak, tl.abs(x))
         poison += x * 0.0  # a maximum may drop NaN, a sum does not; Inf * 0 is NaN
-    absmax = tl.max(peak, axis=0)
-    poisoned = tl.sum(poison, axis=0)
-    live = (absmax >= 2.0**-100) & (poisoned == 0.0)
-    inverse = tl.where(live, tl.div_rn(127.0, tl.where(live, absmax, 1.0)), 0.0)
-    scale = tl.where(live, tl.div_rn(absmax, 127.0), 1.0) + poisoned
+    live, inverse, scale = row_scale(peak, poison)
 
     count = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for first in range(0, K, BLOCK_K):
         inside = first + offs_k < K
         x = tl.load(x_row + first + offs_k, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_K]
-        product = tl.where(live, x, 0.0) * inverse
-        # fp32 of 1.5 * 2^23 has steps of 1, so the add rounds to the nearest even integer
-        rounded = tl.minimum(tl.maximum((product + 12582912.0) - 12582912.0, -127.0), 127.0)
-        count += rounded.to(tl.int32)
-        tl.store(q_row + first + offs_k, rounded.to(tl.int8), mask=inside)
+        code = row_code(x, live, inverse)
+        count += code.to(tl.int32)
+        tl.store(q_row + first + offs_k, code.to(tl.int8), mask=inside)
 
     tl.store(scale_ptr + m, scale)
     tl.store(row_sum_ptr + m, tl.sum(count, axis=0))
@@ -98,7 +93,7 @@ def config_for(shape: tuning.Shape, card: Card) -> Config:
     return tuning.choose(_tuned(), shape, card, Config, heuristic)
 
 
-def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[contract.Outputs, list[Launch]]:
+def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[Rows, list[Launch]]:
     """Outputs, and the kernel that fills them."""
     m, k = x.shape
     q, scale, row_sum = contract.out_like(x)
@@ -108,7 +103,7 @@ def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[con
     return (q, scale, row_sum), [Launch(quantize_rows_kernel, (m,), args, options)]
 
 
-def run(x: torch.Tensor) -> contract.Outputs:
+def run(x: torch.Tensor) -> Rows:
     """The body: what op.py calls."""
     outputs, launches = plan(device.card_of(x.device), x)
     start(launches, x.device)

@@ -1,0 +1,109 @@
+"""Triton body of silu_mul_quantize: one program per row, two passes over it; the second finds the row in L1 or L2."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import device, tuning
+from ..device import Card
+from ..rows import Rows
+from ..tiles import FUSION, Launch, row_code, row_scale, silu, start
+from . import contract
+
+
+@triton.jit
+def _product(gate_row, up_row, offs, inside):
+    """silu(gate) * up [BLOCK_K] as fp32; silu and the product are rounded to the type of gate. 0 outside."""
+    gate = tl.load(gate_row + offs, mask=inside, other=0.0)  # [BLOCK_K]
+    up = tl.load(up_row + offs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_K]
+    s = silu(gate.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    return (s * up).to(gate.dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["K"])
+def silu_mul_quantize_kernel(
+    gate_ptr, up_ptr, q_ptr, scale_ptr, row_sum_ptr,
+    K,
+    stride_xm, stride_qm,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = silu(gate) * up      q, scale, row_sum = quantize_rows(y)
+
+    gate, up [M, K] bf16 | fp16 | fp32, rows stride_xm apart: the halves of one matrix; q int8 [M, K], rows stride_qm
+    apart; scale fp32 [M], row_sum int32 [M].
+
+        gate  [ BLOCK_K | BLOCK_K | BLO..]      program m computes row m of y twice: for its absmax, then to write q
+        up    [ BLOCK_K | BLOCK_K | BLO..]
+        q     [ BLOCK_K | BLOCK_K | BLO..]      silu is 20 operations: cheaper than a second trip of y to memory
+
+    silu and y are rounded to the type of gate, as separate operations would.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    gate_row, up_row = gate_ptr + m * stride_xm, up_ptr + m * stride_xm
+
+    peak = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    poison = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for first in range(0, K, BLOCK_K):
+        y = _product(gate_row, up_row, first + offs_k, first + offs_k < K)
+        peak = tl.maximum(peak, tl.abs(y))
+        poison += y * 0.0
+    live, inverse, scale = row_scale(peak, poison)
+
+    count = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    for first in range(0, K, BLOCK_K):
+        inside = first + offs_k < K
+        code = row_code(_product(gate_row, up_row, first + offs_k, inside), live, inverse)
+        count += code.to(tl.int32)
+        tl.store(q_ptr + m * stride_qm + first + offs_k, code.to(tl.int8), mask=inside)
+
+    tl.store(scale_ptr + m, scale)
+    tl.store(row_sum_ptr + m, tl.sum(count, axis=0))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Elements of a row that a program holds at once, and its warps."""
+
+    block_k: int
+    num_warps: int
+
+
+def heuristic(shape: tuning.Shape, card: Card) -> Config:
+    """Blocks of at most 8192, 4 to 32 elements a thread."""
+    block = min(max(triton.next_power_of_2(shape.k), 128), 8192)
+    return Config(block_k=block, num_warps=min(max(block // 256, 1), 8))
+
+
+@functools.cache
+def _tuned() -> tuning.Table:
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__)
+
+
+@functools.lru_cache(maxsize=4096)
+def config_for(shape: tuning.Shape, card: Card) -> Config:
+    """Tuned for this card and Triton, or the heuristic's."""
+    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+
+
+def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[Rows, list[Launch]]:
+    """Outputs, and the kernel that fills them."""
+    m, k = x.shape[0], x.shape[1] // 2
+    q, scale, row_sum = contract.out_like(x)
+    config = config or config_for(tuning.Shape(m, 0, k, k, x.dtype), card)
+    args = (x, x[:, k:], q, scale, row_sum, k, x.stride(0), q.stride(0))
+    options = {"BLOCK_K": config.block_k, "num_warps": config.num_warps, "enable_fp_fusion": FUSION}
+    return (q, scale, row_sum), [Launch(silu_mul_quantize_kernel, (m,), args, options)]
+
+
+def run(x: torch.Tensor) -> Rows:
+    """The body: what op.py calls."""
+    outputs, launches = plan(device.card_of(x.device), x)
+    start(launches, x.device)
+    return outputs
