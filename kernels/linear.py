@@ -1,8 +1,9 @@
 """linear(x, w, bias): the one place that knows which op a spec means. QuantLinear is the one nn.Module.
 
     spec            ops                                 spec            ops
-    w8a8            quantize_rows, matmul_w8a8          w4a16*          matmul_w4a16
-    w4a8*           quantize_rows, matmul_w4a8          anything else   Unsupported, with what to take instead
+    w8a8            quantize_rows, matmul_w8a8          w8a16*          matmul_w8a16
+    w4a8*           quantize_rows, matmul_w4a8          w4a16*          matmul_w4a16
+    anything else   Unsupported, with what to take instead
 
 A weight is packed once, at load, for the body that will serve on its device: `prepare(w, device)`.
 """
@@ -21,6 +22,7 @@ from ..formats.tensor import ExpertsTensor, QuantTensor
 from .matmul_w4a8 import matmul_w4a8
 from .matmul_w4a16 import matmul_w4a16
 from .matmul_w8a8 import matmul_w8a8
+from .matmul_w8a16 import matmul_w8a16
 from .moe_matmul import moe_matmul
 from .op import Op, Unsupported
 from .quantize_rows import quantize_rows
@@ -28,11 +30,11 @@ from .quantize_rows import quantize_rows
 # (bits of a weight, bits of an activation) -> the ops of a linear, in order; the last one reads the weight.
 ROUTES: dict[tuple[int, int], tuple[Op, ...]] = {
     (8, 8): (quantize_rows, matmul_w8a8),
+    (8, 16): (matmul_w8a16,),
     (4, 16): (matmul_w4a16,),
     (4, 8): (quantize_rows, matmul_w4a8),
 }
 NOT_YET: dict[tuple[int, int], str] = {
-    (8, 16): "no op multiplies 8-bit weights with 16-bit activations yet; quantize to w8a8 or w4a16-g128",
     (3, 16): "no op multiplies 3-bit weights yet; quantize to w4a16-g64, or dequantize with formats.affine.dequantize",
 }
 

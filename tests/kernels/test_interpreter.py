@@ -19,7 +19,7 @@ import pytest
 
 from percard.kernels import device
 
-OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w4a8")
+OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
 SUITE = Path(__file__).with_name("test_conformance.py")
 
 
