@@ -5,11 +5,17 @@
     w4a8*           quantize_rows, matmul_w4a8          w4a16*          matmul_w4a16
     anything else   Unsupported, with what to take instead
 
-A weight is packed once, at load, for the body that will serve on its device: `prepare(w, device)`.
+A weight is packed once, at load, for the body that will serve on its device, and that body is tried there against the
+reference: `prepare(w, device)`. One packed copy serves every M; where it allows a second route, the op changes with M, here
+and nowhere else: `explain(x, w)` tells which ops, which Config, and why. With `batch_invariant=True` nothing looks at M.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +25,9 @@ from torch import nn
 from ..formats import affine, layout
 from ..formats.spec import QuantSpec
 from ..formats.tensor import ExpertsTensor, QuantTensor
+from . import device as machine
+from . import dispatch, tuning
+from . import self_test as _self_test
 from .matmul_w4a8 import matmul_w4a8
 from .matmul_w4a16 import matmul_w4a16
 from .matmul_w8a8 import matmul_w8a8
@@ -33,6 +42,10 @@ ROUTES: dict[tuple[int, int], tuple[Op, ...]] = {
     (8, 16): (matmul_w8a16,),
     (4, 16): (matmul_w4a16,),
     (4, 8): (quantize_rows, matmul_w4a8),
+}
+# A second route that may read the same packed copy, and the largest M for which a card's rule prefers it (dispatch.py).
+ALSO: dict[tuple[int, int], tuple[tuple[Op, ...], int]] = {
+    (4, 8): ((matmul_w4a16,), 4),
 }
 NOT_YET: dict[tuple[int, int], str] = {
     (3, 16): "no op multiplies 3-bit weights yet; quantize to w4a16-g64, or dequantize with formats.affine.dequantize",
@@ -49,43 +62,180 @@ def ops_of(spec: QuantSpec) -> tuple[Op, ...]:
 
 
 def linear(
-    x: torch.Tensor, w: torch.Tensor | QuantTensor, bias: torch.Tensor | None = None, *, impl: str | None = None
+    x: torch.Tensor,
+    w: torch.Tensor | QuantTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    impl: str | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """x [..., K] times w [N, K], plus bias [N]: [..., N] in the type of x (bf16, fp16 or fp32).
 
-    `w` is a tensor (torch's own matmul) or a QuantTensor that `prepare` packed. `impl` names a body ("reference" takes
-    a plain weight). ValueError for sizes, types and devices that do not fit; Unsupported, with every reason, when no
-    body serves.
+    `w` is a tensor (torch's own matmul, which promises nothing about batches) or a QuantTensor that `prepare` packed.
+    `impl` names a body ("reference" takes a plain weight). `batch_invariant`: the bits of a row of y do not depend on
+    the other rows of x, nor on their number. ValueError for sizes, types and devices that do not fit; Unsupported, with
+    every reason, when no body serves.
     """
     if isinstance(w, torch.Tensor):
         return nn.functional.linear(x, w, bias)
-    ops = ops_of(w.spec)
     n, k = w.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected [..., {k}] for a weight [{n}, {k}]")
     rows = x if x.ndim == 2 else x.reshape(-1, k)
-    if len(ops) == 1:
-        y = ops[0](rows, w, bias, impl=impl)
-    elif ops[1] is matmul_w8a8:
-        xq, sx, _ = quantize_rows(rows, impl=impl)
-        y = matmul_w8a8(xq, sx, w, bias, x.dtype, impl=impl)
-    else:
-        xq, sx, xsum = quantize_rows(rows, impl=impl)
-        y = matmul_w4a8(xq, sx, xsum, w, bias, x.dtype, impl=impl)
+    by_m = impl is None and not batch_invariant and (w.spec.weight_bits, w.spec.act_bits) in ALSO
+    # A graph that torch compiles holds for many M: it takes the spec's own route.
+    ops = _ops_at(rows, w) if by_m and not torch.compiler.is_compiling() else ops_of(w.spec)
+    given: tuple[Any, ...] = (rows,)
+    for op in ops[:-1]:
+        given = op(*given, impl=impl)
+    y = ops[-1](*_arguments(ops[-1], given, w, bias, x.dtype, batch_invariant), impl=impl)
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], n)
 
 
-def prepare(w: QuantTensor, device: torch.device | str, impl: str | None = None) -> QuantTensor:
+def _arguments(
+    op: Op,
+    given: tuple[Any, ...],
+    w: QuantTensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
+) -> tuple[Any, ...]:
+    """Arguments of the op that reads the weight; `given` are rows, or what quantize_rows made of them."""
+    if op is matmul_w8a8:  # int32 sums and one epilogue: batch-invariant whatever the Config
+        return *given[:2], w, bias, dtype
+    if op is matmul_w4a8:
+        return *given, w, bias, dtype
+    return (*given, w, bias, True) if batch_invariant else (*given, w, bias)
+
+
+def _ops_at(rows: torch.Tensor, w: QuantTensor) -> tuple[Op, ...]:
+    """The ops that a weight takes for so many rows."""
+    routes = _routes(w.spec, w.shape, w.packing, w.data.device, rows.dtype)
+    return routes[min(tuning.bucket(rows.shape[0]), dispatch.BUCKETS - 1)][0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _routes(
+    spec: QuantSpec, shape: tuple[int, int], packing: str, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[tuple[Op, ...], dispatch.Choice], ...]:
+    """The ops of a layer by bucket of M, with the reason: settled once, at the first call."""
+    first = ops_of(spec)
+    second, most = ALSO[spec.weight_bits, spec.act_bits]
+    on_card = device.type == "cuda"
+    name = machine.card_of(device).name if on_card else "cpu"
+    table = dispatch.table(_triton_version())
+    found = []
+    for bucket in range(dispatch.BUCKETS):
+        entry = table.get((name, str(spec), *shape, bucket))
+        choice = dispatch.choose(
+            entry, bucket, first[-1].name, second[-1].name, most, _obstacle(second, packing, device, dtype), on_card
+        )
+        found.append((second if choice.way == second[-1].name else first, choice))
+    return tuple(found)
+
+
+def _obstacle(ops: tuple[Op, ...], packing: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why a second route does not read this packed copy."""
+    try:
+        body = ops[-1].body_on(device.type)
+    except Unsupported as error:
+        return str(error)
+    if body.packing != packing:
+        return f"{ops[-1].name} reads {body.packing}, the copy is {packing}"
+    if device.type == "cuda" and dtype == torch.float32:
+        return f"{ops[-1].name} multiplies 16-bit activations on a card, these are float32"
+    return None
+
+
+def _triton_version() -> str:
+    """Of the Triton that is installed, "0.0" without one."""
+    if importlib.util.find_spec("triton") is None:
+        return "0.0"
+    return importlib.import_module(f"{__package__}.inspection").triton_version()
+
+
+def prepare(
+    w: QuantTensor, device: torch.device | str, impl: str | None = None, *, self_test: bool = True
+) -> QuantTensor:
     """`w` on `device`, packed for the body that serves there (or for the one that `impl` names). Once, at load.
 
-    Unsupported, with every reason, when this machine has no such body.
+    Each distinct shape is tried once per process against the reference (self_test.py); a body that fails is left out
+    with a warning when another one serves. Unsupported, with every reason, when this machine has no body, or none that
+    passes.
     """
     device = torch.device(device)
-    for op in ops_of(w.spec):
-        body = op.body_on(device.type, impl)
-    if body.packing is None or (body.packing == w.packing and device == w.data.device):
-        return w
-    return layout.repack(layout.repack(w, "plain").to(device), body.packing)
+    ops, wrong = ops_of(w.spec), []
+    for names in _bodies(ops, device.type, impl):
+        body = ops[-1].body(names[-1])
+        packed = w
+        if body.packing is not None and (body.packing != w.packing or device != w.data.device):
+            packed = layout.repack(layout.repack(w, "plain").to(device), body.packing)
+        slow = any(device.type in op.body(name).by_name_on for op, name in zip(ops, names, strict=True))
+        arrange = functools.partial(_arguments, ops[-1])
+        fault = _self_test.fault(ops, names, packed, arrange) if self_test and not slow else None
+        if fault is None:
+            if wrong:
+                warnings.warn(f"linear: {ops[-1].name} {names[-1]} serves, since {'; '.join(wrong)}", stacklevel=2)
+            return packed
+        wrong.append(f"{ops[-1].name} {names[-1]} failed its self-test at {w.shape} {w.spec} on {device}: {fault}")
+    remedy = "its numbers cannot be trusted here: try another Triton or driver, and report it; self_test=False loads it as is"
+    raise Unsupported(f"linear: {'; '.join(wrong)}; {remedy}")
+
+
+def _bodies(ops: tuple[Op, ...], where: str, impl: str | None) -> list[tuple[str, ...]]:
+    """The bodies of a route that may serve on a device type, by preference; Unsupported when there is none."""
+    front = [op.body_on(where, impl).name for op in ops[:-1]]
+    first = ops[-1].body_on(where, impl).name
+    there = [b.name for b in ops[-1].bodies if b.absent(where) is None and where not in b.by_name_on]
+    return [(*front, name) for name in dict.fromkeys([first, *(there if impl is None else ())])]
+
+
+def explain(
+    x: torch.Tensor,
+    w: torch.Tensor | QuantTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    impl: str | None = None,
+    batch_invariant: bool = False,
+) -> str:
+    """What `linear` does with these arguments and why, in lines: route, Config, self-test, and each body's answer."""
+    if isinstance(w, torch.Tensor):
+        return f"linear: a {w.dtype} tensor, torch's own matmul"
+    rows, (n, k) = x.reshape(-1, x.shape[-1]), w.shape
+    first, device = ops_of(w.spec), w.data.device
+    by_m = impl is None and not batch_invariant and (w.spec.weight_bits, w.spec.act_bits) in ALSO
+    ops, why = first, "the one route of this spec"
+    if by_m:
+        routes = _routes(w.spec, w.shape, w.packing, device, rows.dtype)
+        ops, choice = routes[min(tuning.bucket(rows.shape[0]), dispatch.BUCKETS - 1)]
+        why = choice.why
+    elif batch_invariant:
+        why = "batch_invariant: one route and one Config whatever M"
+    where = machine.card_of(device).name if device.type == "cuda" else device.type
+    lines = [f"linear [{rows.shape[0]}, {k}] x {w.spec} [{n}, {k}] as {w.packing} on {where}"]
+    lines.append(f"{'route':16} {' > '.join(op.name for op in ops)}: {why}")
+    given: tuple[Any, ...] = (rows,)
+    tables, names = [], []
+    for op in ops:
+        arguments = given if op in ops[:-1] else _arguments(op, given, w, bias, x.dtype, batch_invariant)
+        tables.append(op.explain(*arguments))
+        try:
+            body = op.pick(*op.contract.unwrap(*arguments), impl=impl).name
+        except Unsupported:
+            break
+        names.append(body)
+        if body == "triton":
+            gpu = importlib.import_module(f"{__package__}.{op.name}.gpu")
+            last = op is ops[-1]
+            group = (w.spec.group or k) if last else k
+            shape = tuning.Shape(rows.shape[0], n if last else 0, k, group, x.dtype)
+            words = dispatch.config_words(gpu, shape, machine.card_of(device), _triton_version(), batch_invariant)
+            lines.append(f"{op.name:16} {words}")
+        if op is not ops[-1]:
+            given = op(*given, impl=impl)
+    if len(names) == len(ops):
+        lines.append(f"{'self-test':16} {_self_test.result(_self_test.key_of(ops, names, w))}")
+    return "\n".join([*lines, *tables])
 
 
 def moe(
@@ -133,11 +283,22 @@ class QuantLinear(nn.Module):
     zero: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, weight: QuantTensor, bias: torch.Tensor | None = None, *, impl: str | None = None):
-        """`weight` as `prepare(weight, device, impl)` returns it; `from_plain` calls that for you."""
+    def __init__(
+        self,
+        weight: QuantTensor,
+        bias: torch.Tensor | None = None,
+        *,
+        impl: str | None = None,
+        batch_invariant: bool = False,
+        self_test: bool = True,
+    ):
+        """`weight` as `prepare(weight, device, impl)` returns it; `from_plain` calls that for you.
+
+        `batch_invariant` as in `linear`. `self_test` is what `prepare` is asked for whenever the weight is packed again.
+        """
         super().__init__()
         ops_of(weight.spec)
-        self.spec, self.impl = weight.spec, impl
+        self.spec, self.impl, self.batch_invariant, self.self_test = weight.spec, impl, batch_invariant, self_test
         self.out_features, self.in_features = weight.shape
         self.packing = weight.packing
         if bias is not None:
@@ -153,9 +314,12 @@ class QuantLinear(nn.Module):
         *,
         device: torch.device | str | None = None,
         impl: str | None = None,
+        batch_invariant: bool = False,
+        self_test: bool = True,
     ) -> QuantLinear:
         """From a weight in any packing; it is packed for `device` (default: where it is)."""
-        return cls(prepare(weight, weight.data.device if device is None else device, impl), bias, impl=impl)
+        ready = prepare(weight, weight.data.device if device is None else device, impl, self_test=self_test)
+        return cls(ready, bias, impl=impl, batch_invariant=batch_invariant, self_test=self_test)
 
     @classmethod
     def from_linear(
@@ -165,12 +329,15 @@ class QuantLinear(nn.Module):
         *,
         device: torch.device | str | None = None,
         impl: str | None = None,
+        batch_invariant: bool = False,
+        self_test: bool = True,
     ) -> QuantLinear:
         """Rounds the weight of an nn.Linear to the nearest codes of `spec`, without calibration."""
         spec = QuantSpec.parse(spec) if isinstance(spec, str) else spec
         weight = layer.weight.detach()
         quantized = affine.quantize(weight, spec, affine.scale_dtype_of(spec, weight.dtype))
-        return cls.from_plain(quantized, layer.bias, device=device, impl=impl)
+        how: dict[str, Any] = {"impl": impl, "batch_invariant": batch_invariant, "self_test": self_test}
+        return cls.from_plain(quantized, layer.bias, device=device, **how)
 
     @property
     def weight(self) -> QuantTensor:
@@ -179,7 +346,7 @@ class QuantLinear(nn.Module):
         return QuantTensor(self.data, self.scale, self.zero, self.spec, self.packing, shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias, impl=self.impl)
+        return linear(x, self.weight, self.bias, impl=self.impl, batch_invariant=self.batch_invariant)
 
     def extra_repr(self) -> str:
         bias = "" if self.bias is None else ", bias"
@@ -193,7 +360,7 @@ class QuantLinear(nn.Module):
         device = fn(self.data).device  # codes are integers: torch moves them and never casts them
         if device != self.data.device:
             bias = None if self.bias is None else self.bias.to(device)
-            self._set(prepare(self.weight, device, self.impl), bias)
+            self._set(prepare(self.weight, device, self.impl, self_test=self.self_test), bias)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -227,6 +394,7 @@ class QuantLinear(nn.Module):
             if bias is not None and bias.shape != (self.out_features,):
                 raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(self.out_features,)}")
             device = self.data.device
-            self._set(prepare(plain, device, self.impl), None if bias is None else bias.to(device, torch.float32))
+            ready = prepare(plain, device, self.impl, self_test=self.self_test)
+            self._set(ready, None if bias is None else bias.to(device, torch.float32))
         except ValueError as error:  # a FormatError is one
             error_msgs.append(f"{prefix.rstrip('.') or 'QuantLinear'}: {error}")
