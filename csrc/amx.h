@@ -264,15 +264,13 @@ static inline void multiply_grouped(const Grouped& job, const char* x, const Unp
                     const bool two = i + 1 < token_tiles;
                     float *sums0 = sums + i * kBlocks * 256, *sums1 = sums0 + kBlocks * 256;
                     const char* a = x + (i * steps + k / job.tile_k) * kTile;
-                    Stretch t{{a, a + steps * kTile, panel, job.tile_k * job.line_bytes, job.plane},
-                              {},
-                              count / job.tile_k,
-                              job.group / job.tile_k,
-                              k == 0};
-                    two ? load_step<true, 2, 6, 0>(t.o) : load_step<false, 2, 6, 0>(t.o);
-                    for (int64_t b = 0; b < blocks; ++b, t.o.b += kPanel) {
-                        t.next = t.o;
-                        if (b + 1 < blocks) t.next.b += kPanel;
+                    const Operands o{a, a + steps * kTile, panel, job.tile_k * job.line_bytes, job.plane};
+                    two ? load_step<true, 2, 6, 0>(o) : load_step<false, 2, 6, 0>(o);
+                    for (int64_t b = 0; b < blocks; ++b) {
+                        // Made anew: a copy of what was just changed would wait for all stores of the block before.
+                        Stretch t{o, o, count / job.tile_k, job.group / job.tile_k, k == 0};
+                        t.o.b = panel + b * kPanel;
+                        t.next.b = panel + min_of(b + 1, blocks - 1) * kPanel;
                         if (two)
                             add<Product, true>(t, whole, last, sums0 + b * 256, sums1 + b * 256, scale + b * 16, np);
                         else
