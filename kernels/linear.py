@@ -45,6 +45,7 @@ ROUTES: dict[tuple[int, int], tuple[Op, ...]] = {
 }
 # A second route that may read the same packed copy, and the largest M for which a card's rule prefers it (dispatch.py).
 ALSO: dict[tuple[int, int], tuple[tuple[Op, ...], int]] = {
+    (8, 8): ((matmul_w8a16,), 16),
     (4, 8): ((matmul_w4a16,), 4),
 }
 NOT_YET: dict[tuple[int, int], str] = {

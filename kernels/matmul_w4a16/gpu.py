@@ -13,35 +13,24 @@ matmul (cuBLAS) multiplies. The chunk is this op's second workspace; the first h
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .. import device, tuning
+from .. import device, tuning, weight_only_plan
 from ..device import Card
-from ..tiles import (
-    FUSION,
-    INTERPRETED,
-    Launch,
-    Product,
-    add_slices_launch,
-    chunks,
-    registers,
-    start,
-    tile_index,
-    unpack_plane16,
-    word_scale,
-)
+from ..tiles import Launch, Product, start, tile_index, unpack_plane16, word_scale
+from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant, launches
 from . import contract
+
+__all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "start"]
 
 OP = contract.OP
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
-CHUNK_MB = 32  # of a weight made whole: it stays in the L2 until the product has read it
-INVARIANT_ROWS = 256  # rows of x that share the workspace of a split K when results must not depend on M
-ROW = 1 << 30  # the kernel's GROUP for one scale per row: every k // ROW is group 0
+CODES_PER_WORD = 4
 
 
 @triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
@@ -140,24 +129,6 @@ def dequantize_planes16_kernel(
         tl.store(y_ptrs + 32 * p, y.to(y_ptr.dtype.element_ty))
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile of y^T, pack blocks of 128 codes per step, parts of K, way C (scale_weight), raster, warps, stages.
-
-    dequantize_mb above 0 is way D with chunks of so many MB; nothing else counts then.
-    """
-
-    block_n: int
-    block_m: int
-    pack_blocks: int
-    split_k: int
-    scale_weight: bool
-    raster: int
-    num_warps: int
-    num_stages: int
-    dequantize_mb: int = 0
-
-
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
     """Way A and as many weights in flight as fit up to 64 tokens, way C on square tiles above, way D from 1024 on (bf16).
 
@@ -187,45 +158,9 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     return Config(block_n, block_m, blocks, split, False, 8, 4 if block_m <= 32 else 8, 3)
 
 
-def invariant(shape: tuning.Shape, card: Card) -> Config:
-    """The one Config of a weight when a row's result must not depend on the other rows: nothing in it looks at M.
-
-    Way A, exact, on tiles that are wide enough for a prompt and narrow enough for one token; K split for one token.
-    """
-    split = min(4, tuning.split_k(-(-shape.n // 128), -(-shape.k // 128), shape._replace(m=1), card))
-    return Config(128, 64, 1, split, False, 8, 8, 3)
-
-
 def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
-    """What a tuner tries beside the heuristic: splits, depths and steps up to 64 tokens; tiles and way D above."""
-    base, m = heuristic(shape, card), shape.m
-    blocks = -(-shape.k // 128)
-    rounds = shape.dtype == torch.bfloat16 and m > 64
-    if m <= 64:
-        changes = [{"split_k": s, "num_stages": d} for s in (1, 2, 4, 8) for d in (3, 4, 5)]
-        changes += [{"pack_blocks": b, "num_stages": d} for b in (1, 2) for d in (2, 3, 4)]
-        changes += [{"block_n": n, "num_warps": w} for n, w in ((64, 4), (128, 8), (256, 8))]
-        changes += [{"block_m": b, "num_warps": 4 if b <= 32 else 8} for b in (16, 32, 64)]
-    else:
-        fused = {"dequantize_mb": 0, "scale_weight": rounds}
-        tiles = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (256, 64, 8), (256, 128, 8), (128, 256, 8))
-        changes = [
-            {**fused, "block_n": n, "block_m": b, "num_warps": w, "num_stages": d} for d in (3, 4) for n, b, w in tiles
-        ]
-        changes += [{**fused, "block_m": 64, "scale_weight": False}, {**fused, "raster": 4}]
-        changes += [{"dequantize_mb": size} for size in (16, 32, 64)] if rounds else []
-
-    def fits(c: Config) -> bool:
-        if c.dequantize_mb:
-            return True
-        x_bytes, w_bytes = c.block_m * 256 * c.pack_blocks, c.block_n * 64 * c.pack_blocks
-        largest = 128 * 64 if card.sm >= 100 else 256 * 128
-        whole = blocks % c.pack_blocks == 0 and (c.pack_blocks == 1 or shape.group >= 64)
-        split = 4 * c.split_k <= max(4, blocks // c.pack_blocks)
-        held = (x_bytes + w_bytes) * c.num_stages <= card.shared_bytes
-        return held and whole and split and c.block_n * c.block_m <= largest
-
-    return tuning.variants(base, changes, fits)
+    """What a tuner tries beside the heuristic."""
+    return weight_only_plan.candidates(shape, card, heuristic, CODES_PER_WORD)
 
 
 @functools.cache
@@ -239,118 +174,20 @@ def config_for(shape: tuning.Shape, card: Card) -> Config:
     return tuning.choose(_tuned(), shape, card, Config, heuristic)
 
 
-def plan(
-    card: Card,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    batch_invariant: bool = False,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, list[Launch | Product]]:
-    """The output, and the kernels that fill it: one, or two for a split K, or two per chunk of way D.
-
-    Memory beside the output: the parts of a split K, fp32 [split, M, N] (M <= 256 if batch_invariant), or one chunk of the
-    weight, at most `dequantize_mb` MB.
-    """
-    m = x.shape[0]
+def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch | Product]]:
+    """The output, and the kernels that fill it (weight_only_plan.launches), for the arguments of the schema."""
+    x, w, word, _, bias, n, k, group = flat[:8]
+    batch_invariant = len(flat) > 9 and flat[9]
     if config is None:
-        config = (invariant if batch_invariant else config_for)(tuning.Shape(m, n, k, group, x.dtype), card)
-    step = 128 * config.pack_blocks
-    each, split = tuning.cut(triton.cdiv(k, step), config.split_k)
-    n_pad, k_pad = w.shape[0], 4 * w.shape[1]
-    if k_pad % step:
-        raise ValueError(
-            f"{OP}: a step is {step} codes, expected a divisor of the padded K = {k_pad}; pack_blocks=1 fits"
-        )
-    if group != k and group not in (32, 64) and group % 128:
-        raise ValueError(
-            f"{OP}: group is {group}, expected 32, 64, a multiple of 128, or K = {k}: planes hold 32 codes"
-        )
-    y = contract.out_like(x, w, scale, zero, bias, n, k, group, packing)
-    if config.dequantize_mb:
-        return y, _by_chunks(x, w, scale, bias, y, config.dequantize_mb, ROW if group == k else group)
-    has_bias = bias is not None and split == 1
-    options = {
-        "GROUP": ROW if group == k else group,
-        "HAS_BIAS": has_bias,
-        "EVEN_K": k % step == 0,
-        "SCALE_WEIGHT": config.scale_weight,
-        "USE_ASM": not INTERPRETED,
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "PACK_BLOCKS": config.pack_blocks,
-        "RASTER": config.raster,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": FUSION,
-        **registers(card),
-    }
-    rows = min(m, INVARIANT_ROWS) if batch_invariant and split > 1 else m
-    space = x.new_empty(split * rows * n, dtype=torch.float32) if split > 1 else y
-    launches: list[Launch | Product] = []
-    for first in range(0, m, rows):
-        x_part, y_part = x[first : first + rows], y[first : first + rows]
-        count = x_part.shape[0]
-        out = y_part if split == 1 else space[: split * count * n].view(split, count, n)
-        sizes = (count, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
-        grid = (triton.cdiv(n, config.block_n) * triton.cdiv(count, config.block_m), split)
-        args = (x_part, w, scale, bias if has_bias else scale, out, *sizes)
-        launches.append(Launch(matmul_w4a16_kernel, grid, args, options, (config.block_n, step)))
-        if split > 1:
-            launches.append(add_slices_launch(out, None, None, bias, y_part))
-    return y, launches
+        config = (invariant if batch_invariant else config_for)(tuning.Shape(x.shape[0], n, k, group, x.dtype), card)
+    y = contract.out_like(*flat)
+    kernels = Kernels(OP, matmul_w4a16_kernel, dequantize_planes16_kernel, CODES_PER_WORD, {})
+    return y, launches(kernels, config, card, x, w, word, bias, y, group, batch_invariant)
 
 
-def _by_chunks(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    word: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    megabytes: int,
-    group: int,
-) -> list[Launch | Product]:
-    """Way D: chunk after chunk in the same memory, made whole by a kernel of ours and multiplied by torch."""
-    n, (n_pad, words), k = y.shape[1], w.shape, x.shape[1]
-    parts = chunks(n, 4 * words, megabytes)
-    chunk = x.new_empty((-(-(parts[0][1] - parts[0][0]) // 64) * 64, 4 * words))
-    launches: list[Launch | Product] = []
-    for first, last in parts:
-        grid = (triton.cdiv(last - first, 64), words // 32)
-        args = (w, word, chunk, first, n_pad, w.stride(0), chunk.stride(0))
-        options = {
-            "GROUP": group,
-            "USE_ASM": not INTERPRETED,
-            "BLOCK_N": 64,
-            "num_warps": 4,
-            "enable_fp_fusion": FUSION,
-        }
-        launches.append(Launch(dequantize_planes16_kernel, grid, args, options))
-        part = None if bias is None else bias[first:last]
-        launches.append(Product(x, chunk[: last - first, :k], part, y[:, first:last]))
-    return launches
-
-
-def run(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    batch_invariant: bool = False,
-) -> torch.Tensor:
-    """The body: what op.py calls."""
-    card = device.card_of(x.device)
-    y, launches = plan(card, x, w, scale, zero, bias, n, k, group, packing, batch_invariant)
-    start(launches, x.device)
+def run(*flat: Any) -> torch.Tensor:
+    """The body: what op.py calls with the arguments of the schema."""
+    where = flat[0].device
+    y, steps = plan(device.card_of(where), *flat)
+    start(steps, where)
     return y

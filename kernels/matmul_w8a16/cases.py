@@ -50,6 +50,7 @@ EXPECT = Expect(
         Case("qwen3-8b.o.decode.b1.g128", 1, 4096, 4096, "w8a16-g128", small=False),
         Case("qwen3-8b.o.decode.b1.g128.asym.fp16", 1, 4096, 4096, "w8a16-g128-asym", FP16, small=False),
         Case("qwen3-8b.gate_up.decode.b64", 64, 24576, 4096, "w8a16", small=False),
+        Case("qwen3-8b.o.prefill.t512", 512, 4096, 4096, "w8a16", small=False),
         Case("qwen3-8b.o.prefill.t4096", 4096, 4096, 4096, "w8a16", small=False),
     ),
     specs=("w8a16", "w8a16-g128", "w8a16-g64", "w8a16-g32", "w8a16-asym", "w8a16-g32-asym"),

@@ -1,14 +1,15 @@
 """Triton body of matmul_w8a16: y^T = W @ x^T, int8 codes made bf16 or fp16 in registers on their way to the MMA.
 
-Two ways to apply the scale of a group, one kernel, as in matmul_w4a16:
+Ways to apply the scale of a group, as in matmul_w4a16:
     A  w = q - z, exact; the sum of a group in its own accumulator; acc += scale * sum      any scale, M <= 64, all fp16
     C  w = (q - z) * scale, rounded to bf16; one accumulator                                M > 64 in bf16
+and for many tokens of bf16 way D: chunks of the weight are made whole in the L2, and torch's matmul (cuBLAS) multiplies.
+and D for many tokens of bf16: the weight made whole by chunks that stay in the L2, torch's matmul behind.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import device, tuning
+from .. import device, tuning, weight_only_plan
 from ..device import Card
-from ..tiles import (
-    FUSION,
-    INTERPRETED,
-    Launch,
-    add_slices_launch,
-    registers,
-    start,
-    tile_index,
-    unpack_plane16_w8,
-    word8_scale,
-)
+from ..tiles import Launch, Product, start, tile_index, unpack_plane16_w8, word8_scale
+from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant, launches
 from . import contract
+
+__all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "start"]
 
 OP = contract.OP
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
-ROW = 1 << 30  # the kernel's GROUP for one scale per row: every k // ROW is group 0
+CODES_PER_WORD = 2
 
 
 @triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
@@ -104,26 +98,47 @@ def matmul_w8a16_kernel(
     tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n[None, :])
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile of y^T, pack blocks of 128 codes per step, parts of K, way C (scale_weight), raster, warps, stages."""
+@triton.jit(do_not_specialize=["first"])
+def dequantize_planes16_w8_kernel(
+    w_ptr, word_ptr, y_ptr,
+    first, N_PAD,
+    stride_wn, stride_yn,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[r, k] = (q[first + r, k] - z) * scale, rounded to the type of y (bf16 or fp16)
 
-    block_n: int
-    block_m: int
-    pack_blocks: int
-    split_k: int
-    scale_weight: bool
-    raster: int
-    num_warps: int
-    num_stages: int
+    w int16 [N_PAD, stride_wn] in packing planes16_w8, word as in matmul_w8a16_kernel; y, rows stride_yn apart. One program:
+    BLOCK_N rows of one pack block of 128 codes.
+
+        w  [BLOCK_N, J] words  ->  y  [BLOCK_N, J] of plane 0 | plane 1
+    """
+    PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (first + r) % N_PAD
+    block = tl.program_id(1)
+    offs_j = tl.arange(0, PIECE)
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + block * 64 + offs_j[None, :]
+    y_ptrs = y_ptr + r.to(tl.int64)[:, None] * stride_yn + block * 128 + offs_j[None, :]
+    for piece in tl.static_range(64 // PIECE):
+        w_packed = tl.load(w_ptrs + PIECE * piece, eviction_policy="evict_first")  # [BLOCK_N, PIECE]
+        for p in tl.static_range(2):
+            k = 64 * p + PIECE * piece
+            word = tl.load(word_ptr + ((block * 128 + k) // GROUP).to(tl.int64) * N_PAD + rows)  # [BLOCK_N]
+            w = unpack_plane16_w8(w_packed, word, p, y_ptr.dtype.element_ty, HAS_ZERO, USE_ASM)
+            y = w.to(tl.float32) * word8_scale(word, HAS_ZERO)[:, None]
+            tl.store(y_ptrs + k, y.to(y_ptr.dtype.element_ty))  # [BLOCK_N, PIECE]
 
 
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
-    """Way A, and K split until the card is full, up to 64 tokens; way C on square tiles above (bf16)."""
+    """Way A, and K split until the card is full, up to 64 tokens; way C on square tiles above, way D from 1024 on (bf16)."""
     m, n = shape.m, shape.n
     blackwell = card.sm >= 100
     if m > 64:
         scale_weight = shape.dtype == torch.bfloat16
+        if scale_weight and m >= 1024:  # 1 / (1 + 230 / M) of bf16's rate on an H200, computed: 0.82 at 1024
+            return Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
+        if scale_weight and m >= 1024:
+            return Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
         square = scale_weight and not blackwell
         return Config(128, 128 if square else 64, 1, 1, scale_weight, 8, 8, 3)
     # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
@@ -131,6 +146,11 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     tiles = -(-n // 128) * -(-m // block_m)
     split = tuning.split_k(tiles, -(-shape.k // 128), shape, card)
     return Config(128, block_m, 1, split, False, 8, 4 if block_m <= 32 else 8, 4)
+
+
+def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
+    """What a tuner tries beside the heuristic."""
+    return weight_only_plan.candidates(shape, card, heuristic, CODES_PER_WORD)
 
 
 @functools.cache
@@ -144,48 +164,21 @@ def config_for(shape: tuning.Shape, card: Card) -> Config:
     return tuning.choose(_tuned(), shape, card, Config, heuristic)
 
 
-def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch]]:
-    """The output, and the one or two kernels that fill it."""
-    x, w, scale, _, bias, n, k, group, *_ = flat
-    m, (n_pad, words) = x.shape[0], w.shape
-    config = config or config_for(tuning.Shape(m, n, k, group, x.dtype), card)
-    step = 128 * config.pack_blocks
-    if 2 * words % step:
-        raise ValueError(f"{OP}: a step is {step} codes, expected a divisor of the padded K = {2 * words}")
-    if group != k and group not in (32, 64, 128):
-        raise ValueError(f"{OP}: group is {group}, expected 32, 64, 128 or K = {k}")
-    each, split = tuning.cut(triton.cdiv(k, step), config.split_k)
+def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch | Product]]:
+    """The output, and the kernels that fill it (weight_only_plan.launches), for the arguments of the schema."""
+    x, w, word, _, bias, n, k, group = flat[:8]
+    batch_invariant = len(flat) > 9 and flat[9]
+    if config is None:
+        config = (invariant if batch_invariant else config_for)(tuning.Shape(x.shape[0], n, k, group, x.dtype), card)
     y = contract.out_like(*flat)
-    out = y if split == 1 else x.new_empty((split, m, n), dtype=torch.float32)
-    has_bias = bias is not None and split == 1
-    options = {
-        "GROUP": ROW if group == k else group,
-        "HAS_ZERO": scale.dtype == torch.int32,
-        "HAS_BIAS": has_bias,
-        "EVEN_K": k % step == 0,
-        "SCALE_WEIGHT": config.scale_weight,
-        "USE_ASM": not INTERPRETED,
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "PACK_BLOCKS": config.pack_blocks,
-        "RASTER": config.raster,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": FUSION,
-        **registers(card),
-    }
-    tensors = (x, w, scale, bias if has_bias else scale, out)
-    sizes = (m, n, k, n_pad, each, x.stride(0), w.stride(0), out.stride(-2))
-    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
-    launches = [Launch(matmul_w8a16_kernel, grid, (*tensors, *sizes), options, (config.block_n, step))]
-    if split > 1:
-        launches.append(add_slices_launch(out, None, None, bias, y))
-    return y, launches
+    flags = {"HAS_ZERO": word.dtype == torch.int32}
+    kernels = Kernels(OP, matmul_w8a16_kernel, dequantize_planes16_w8_kernel, CODES_PER_WORD, flags)
+    return y, launches(kernels, config, card, x, w, word, bias, y, group, batch_invariant)
 
 
 def run(*flat: Any) -> torch.Tensor:
     """The body: what op.py calls with the arguments of the schema."""
     where = flat[0].device
-    y, launches = plan(device.card_of(where), *flat)
-    start(launches, where)
+    y, steps = plan(device.card_of(where), *flat)
+    start(steps, where)
     return y
