@@ -15,9 +15,9 @@ from percard.kernels.inspection import ARCHS
 from percard.kernels.shapes import LAYERS
 from percard.kernels.tuning import Shape
 
-OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w4a8")
+OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
 MATMULS = OPS[1:]
-GROUPS = {"matmul_w8a8": (None,), "matmul_w4a16": (None, 32, 64, 128), "matmul_w4a8": (None, 32, 64, 128)}
+GROUPS = {op: (None,) if op == "matmul_w8a8" else (None, 32, 64, 128) for op in MATMULS}
 SIZES = [size for layers in LAYERS.values() for size in layers.values()] + [(1, 1), (37, 53), (64, 128), (131, 1031)]
 BATCHES = (1, 2, 3, 4, 7, 16, 17, 31, 33, 64, 65, 100, 128, 129, 1000, 4096, 16384)
 
@@ -41,7 +41,7 @@ def test_every_config_is_one_that_the_kernel_can_run(op: str, arch: str) -> None
             assert c.split_k == 1 or c.split_k * m <= k / 64, "partial sums weigh more than they save"
             if arch == "sm_100" and op != "matmul_w8a8":
                 assert c.block_n * c.block_m <= 128 * 64, "larger tiles are a bare trap in Triton 3.6"
-            if op == "matmul_w4a16" and c.scale_weight:
+            if op.endswith("a16") and c.scale_weight:
                 assert dtype == torch.bfloat16 and m > 64, "way C overflows in fp16, and rounds"
 
 
