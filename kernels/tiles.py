@@ -10,7 +10,7 @@ from packed code to MMA (on Hopper the right operand always comes from shared me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,27 +79,6 @@ def chunks(n: int, k_pad: int, megabytes: int) -> list[tuple[int, int]]:
     """(first, last) rows of a weight, 16-bit values of which fill at most `megabytes`; borders at multiples of 64 rows."""
     rows = max(1, (megabytes << 20) // (2 * k_pad) // 64) * 64
     return [(first, min(first + rows, n)) for first in range(0, n, rows)]
-
-
-def by_chunks(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
-    k_pad: int,
-    megabytes: int,
-    make_whole: Callable[[torch.Tensor, int, int], Launch],
-) -> list[Launch | Product]:
-    """y [M, N] by chunks of rows of the weight in one workspace: `make_whole(chunk, first, last)` fills it with values of
-    rows first .. last, torch multiplies. No chunk is over `megabytes`, so that it is still in the L2 when it is read."""
-    n, k = y.shape[1], x.shape[1]
-    parts = chunks(n, k_pad, megabytes)
-    chunk = x.new_empty((-(-parts[0][1] // 64) * 64, k_pad))
-    launches: list[Launch | Product] = []
-    for first, last in parts:
-        launches.append(make_whole(chunk, first, last))
-        part = None if bias is None else bias[first:last]
-        launches.append(Product(x, chunk[: last - first, :k], part, y[:, first:last]))
-    return launches
 
 
 @triton.jit

@@ -137,8 +137,6 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
         scale_weight = shape.dtype == torch.bfloat16
         if scale_weight and m >= 1024:  # 1 / (1 + 230 / M) of bf16's rate on an H200, computed: 0.82 at 1024
             return Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
-        if scale_weight and m >= 1024:
-            return Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
         square = scale_weight and not blackwell
         return Config(128, 128 if square else 64, 1, 1, scale_weight, 8, 8, 3)
     # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
