@@ -71,9 +71,10 @@ test: $(VENV)/.installed
 test-full: $(VENV)/.installed $(OLD_TRITON)
 	PERCARD_TRITON=$$PWD/$(OLD_TRITON) $(PYTEST) -m 'not gpu and not bench'
 
-# The oldest Triton that the kernels support, beside the installed one; percard inspect --triton reads it.
+# The oldest Triton that the kernels support, beside the installed one, with the numpy that its interpreter needs;
+# percard inspect --triton reads it.
 $(OLD_TRITON): | $(VENV)/.tools
-	-@rm -rf $@.part && $(PIP) install --no-deps --target $@.part triton==3.6.0 && mv $@.part $@
+	-@rm -rf $@.part && $(PIP) install --no-deps --target $@.part triton==3.6.0 'numpy<2.4' && mv $@.part $@
 
 inspect-page: $(VENV)/.installed $(OLD_TRITON)
 	$(BIN)/python -m percard.kernels.inspection --page docs/inspect.md --triton $(OLD_TRITON)

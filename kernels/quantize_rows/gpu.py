@@ -70,9 +70,9 @@ class Config:
 
 
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
-    """The whole row at once up to 8192, 8 to 32 elements a thread."""
+    """The whole row at once up to 8192, 4 to 32 elements a thread."""
     block = min(max(triton.next_power_of_2(shape.k), 128), 8192)
-    return Config(block_k=block, num_warps=min(max(block // 512, 1), 8))
+    return Config(block_k=block, num_warps=min(max(block // 256, 1), 8))
 
 
 def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
