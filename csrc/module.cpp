@@ -53,7 +53,16 @@ void matmul_a16(Address x, Address w, Address scale, Address zero, Address bias,
                 int64_t k, int64_t group, int64_t stride_xm, int x_dtype, int batch_invariant) {
     expect_group(group, k);
     (ops().*op)({at<void>(x), at<void>(w), at<float>(scale), at<int8_t>(zero), at<float>(bias), at<void>(y), m, n, k,
-                 group, stride_xm, x_dtype, batch_invariant != 0});
+                 group, stride_xm, x_dtype, x_dtype, batch_invariant != 0});
+}
+
+void moe_matmul(Address x, Address sx, Address w, Address scale, Address zero, Address ids, Address weights, Address y,
+                int64_t tokens, int64_t topk, int64_t experts, int64_t n, int64_t k, int64_t group, int64_t stride_xm,
+                int64_t stride_se, int x_dtype, int y_dtype, int batch_invariant) {
+    expect_group(group, k);
+    ops().moe_matmul({at<void>(x), at<float>(sx), at<void>(w), at<float>(scale), at<int8_t>(zero), at<int32_t>(ids),
+                      at<float>(weights), at<void>(y), tokens, topk, experts, n, k, group, stride_xm, stride_se,
+                      x_dtype, y_dtype, batch_invariant != 0});
 }
 
 void matmul_w4a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
@@ -113,6 +122,9 @@ NB_MODULE(_cpu, module) {
     matmul_a16("matmul_w8a16", &percard::matmul_a16<&percard::Ops::matmul_w8a16>);
     module.def("matmul_w4a8", &percard::matmul_w4a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
                "k"_a, "group"_a, "stride_xm"_a, "y_dtype"_a, "xsum"_a, nogil());
+    module.def("moe_matmul", &percard::moe_matmul, "x"_a, "sx"_a, "w"_a, "scale"_a, "zero"_a, "ids"_a, "weights"_a,
+               "y"_a, "tokens"_a, "topk"_a, "experts"_a, "n"_a, "k"_a, "group"_a, "stride_xm"_a, "stride_se"_a,
+               "x_dtype"_a, "y_dtype"_a, "batch_invariant"_a, nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
                "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
     module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");

@@ -63,9 +63,9 @@ struct MatmulA16 {
     const float* scale;  // [groups, n rounded up to 16]
     const int8_t* zero;  // the same shape, signed, or null for 0
     const float* bias;   // [n] or null
-    void* y;             // x_dtype [m, n]
+    void* y;             // y_dtype [m, n]
     int64_t m, n, k, group, stride_xm;
-    int x_dtype;
+    int x_dtype, y_dtype;
     bool batch_invariant;  // the bits of a row do not depend on m
 };
 
@@ -80,6 +80,23 @@ struct MatmulW4A8 {
     void* y;              // y_dtype [m, n]
     int64_t m, n, k, group, stride_xm;
     int y_dtype;
+};
+
+// up (weights null): y[t * topk + j] = silu(gate) * up, the halves of x[t] @ w[ids[t, j]]^T
+// down: y[t] = sum over j, ascending, of weights[t, j] * (x[t * topk + j] @ w[ids[t, j]]^T)
+// An id outside of 0 .. experts - 1 gives zero. Products as in matmul_w4a16, or with sx as in matmul_w8a8.
+struct MoeMatmul {
+    const void* x;         // x_dtype [tokens, k] (up) or [tokens * topk, k], rows stride_xm apart; int8 with sx
+    const float* sx;       // one per row of x, or null
+    const void* w;         // [experts], rows16_k4_w4, or rows16_k4_w8 with sx
+    const float* scale;    // [experts, groups, n rounded up to 16], experts stride_se apart
+    const int8_t* zero;    // the same shape, or null
+    const int32_t* ids;    // [tokens, topk]
+    const float* weights;  // [tokens, topk] or null
+    void* y;               // y_dtype [tokens * topk, n / 2] (up) or [tokens, n]
+    int64_t tokens, topk, experts, n, k, group, stride_xm, stride_se;
+    int x_dtype, y_dtype;
+    bool batch_invariant;  // the bits of a token do not depend on the others
 };
 
 // out[n, g] = the best of 80 scales of a group of weights: kernels/search_scale/__init__.py has the formula
@@ -101,6 +118,7 @@ struct Ops {
     void (*matmul_w4a16)(const MatmulA16&);
     void (*matmul_w8a16)(const MatmulA16&);
     void (*matmul_w4a8)(const MatmulW4A8&);
+    void (*moe_matmul)(const MoeMatmul&);
     void (*search_scale)(const SearchScale&);
     void (*rmsnorm_quantize)(const RmsnormQuantize&);
     void (*silu_mul_quantize)(const SiluMulQuantize&);
@@ -113,6 +131,7 @@ struct Ops {
     void matmul_w4a16(const MatmulA16&);            \
     void matmul_w8a16(const MatmulA16&);            \
     void matmul_w4a8(const MatmulW4A8&);            \
+    void moe_matmul(const MoeMatmul&);              \
     void search_scale(const SearchScale&);          \
     void rmsnorm_quantize(const RmsnormQuantize&);  \
     void silu_mul_quantize(const SiluMulQuantize&); \

@@ -12,8 +12,12 @@ int threads();  // what torch.set_num_threads said
 
 // At least `bytes` of memory, aligned to 64, kept by the calling thread in `slot` until it asks for more. Contents are
 // undefined. Slots keep buffers apart that one call needs at the same time.
-enum Slot : int { kSlotX = 0, kSlotPanel, kSlotSums, kSlotOut, kSlotCount };
+enum Slot : int { kSlotX = 0, kSlotPanel, kSlotSums, kSlotOut, kSlotRoute, kSlotRows, kSlotProducts, kSlotCount };
 void* scratch(Slot slot, size_t bytes);
+
+// Memory of one call, aligned as in `scratch`; for what is too large to keep.
+void* allocate(size_t bytes);
+void release(void* memory);
 
 namespace PERCARD_ISA {
 

@@ -64,7 +64,7 @@ PERCARD_INLINE F32 scaled(const Job& j, int64_t m, int64_t n, F32 sum, int64_t c
 
 PERCARD_INLINE void finish(const Job& j, int64_t m, int64_t b, F32 sum) {
     const int64_t count = min_of(16, j.a.n - b * 16);
-    store_part(j.a.y, m * j.a.n + b * 16, j.a.x_dtype, scaled(j, m, b * 16, sum, count), count);
+    store_part(j.a.y, m * j.a.n + b * 16, j.a.y_dtype, scaled(j, m, b * 16, sum, count), count);
 }
 
 // Few tokens. x: [m, lines * kLine], zero past k.
@@ -325,7 +325,7 @@ static void by_tiles(const Job& j) {
                     const int64_t at = (first + b) * 16, left = min_of(32, a.n - at);
                     const F32 y0 = scaled(j, m, at, load_f32(from), left);
                     const F32 y1 = left > 16 ? scaled(j, m, at + 16, load_f32(from + 256), left - 16) : y0;
-                    amx::store_two(a.y, m * a.n + at, a.x_dtype, y0, y1, left);
+                    amx::store_two(a.y, m * a.n + at, a.y_dtype, y0, y1, left);
                 }
         });
 }

@@ -19,7 +19,8 @@ from .reference import pairwise
 OP = "moe_matmul"
 SCHEMA = (
     "(Tensor x, Tensor? sx, Tensor w, Tensor scale, Tensor? zero, Tensor ids, Tensor? weights,"
-    " int n, int k, int group, str packing, ScalarType out_dtype) -> Tensor"
+    " int n, int k, int group, str packing, ScalarType out_dtype,"
+    " bool batch_invariant=False) -> Tensor"
 )
 # What each body reads, by the bits of a weight (formats/layout.py). An op with two kinds of weight has no one packing.
 PACKINGS = {
@@ -43,6 +44,7 @@ Flat = tuple[
     int,
     str,
     torch.dtype,
+    bool,
 ]
 
 
@@ -53,8 +55,12 @@ def unwrap(
     weights: torch.Tensor | None = None,
     sx: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> Flat:
-    """ids and weights in any integer and float type become contiguous int32 and fp32."""
+    """ids and weights in any integer and float type become contiguous int32 and fp32.
+
+    `batch_invariant`: what a token gets does not depend, to the bit, on the other tokens. Always so with int8 rows.
+    """
     bits = (w.spec.weight_bits, w.spec.act_bits)
     if w.spec.float_format is not None or bits != ((8, 8) if sx is not None else (4, 16)):
         found = "int8 rows with scales" if sx is not None else "rows without scales"
@@ -68,7 +74,21 @@ def unwrap(
     weights = None if weights is None else weights.to(torch.float32).contiguous()
     sx = None if sx is None else sx.contiguous()
     group = w.spec.group or k
-    return rows_contiguous(x), sx, w.data, w.scale, w.zero, ids, weights, n, k, group, w.packing, out_dtype
+    return (
+        rows_contiguous(x),
+        sx,
+        w.data,
+        w.scale,
+        w.zero,
+        ids,
+        weights,
+        n,
+        k,
+        group,
+        w.packing,
+        out_dtype,
+        batch_invariant,
+    )
 
 
 def check(
@@ -84,6 +104,7 @@ def check(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> None:
     if sx is not None and (x.dtype != torch.int8 or zero is not None or group != k):
         raise ValueError(
@@ -153,6 +174,7 @@ def out_like(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     tokens, topk = ids.shape
     size = (tokens * topk, n // 2) if weights is None else (tokens, n)
@@ -177,6 +199,7 @@ def cost(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Cost:
     """The experts that have a token are counted by expectation: looking at ids would wait for the device."""
     tokens, topk = ids.shape
@@ -201,11 +224,12 @@ def native(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> tuple[int, ...]:
     pointers = tuple(pointer(t) for t in (x, sx, w, scale, zero, ids, weights, out))
     x_dtype = 0 if sx is not None else DTYPE_CODES[x.dtype]
-    sizes = (ids.shape[0], ids.shape[1], w.shape[0], n, k, group, x.stride(0))
-    return (*pointers, *sizes, x_dtype, DTYPE_CODES[out_dtype])
+    sizes = (*ids.shape, w.shape[0], n, k, group, x.stride(0), scale.stride(0))
+    return (*pointers, *sizes, x_dtype, DTYPE_CODES[out_dtype], int(batch_invariant))
 
 
 def tolerance(
@@ -222,6 +246,7 @@ def tolerance(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """One ulp of the output type, and what the order of sums may do to a product before it.
 
@@ -264,6 +289,7 @@ def triton_takes(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> str | None:
     if x.dtype == torch.float32:
         return "multiplies 16-bit activations, x is float32; cast x to bfloat16 or float16"
@@ -283,6 +309,7 @@ def cpu_takes(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> str | None:
     return _wrong_packing(packing, sx, "cpu")
 
@@ -300,5 +327,6 @@ def reference_takes(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> str | None:
     return _wrong_packing(packing, sx, "reference")

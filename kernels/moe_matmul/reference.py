@@ -19,19 +19,17 @@ def pairwise(
     absolute: bool = False,
 ) -> torch.Tensor:
     """x @ W[e]^T of each pair (t, j), e = ids[t, j]: fp32 [T * topk, N], 0 where e is no expert. `absolute`: with |W|."""
-    experts, n, _ = w.shape
-    out = torch.zeros(ids.numel(), n, device=x.device)
-    for e in range(experts):
+    out = torch.zeros(ids.numel(), w.shape[1], device=x.device)
+    for e in range(w.shape[0]):
         pairs = (ids.flatten() == e).nonzero()[:, 0]
         if pairs.numel() == 0:
             continue
         at = pairs // ids.shape[1] if weights is None else pairs
-        rows = x[at]
         if sx is not None:  # exact up to 2^53, so it is the int32 sum; every device multiplies doubles
-            out[pairs] = (rows.double() @ w[e].double().T).float() * sx[at][:, None] * scale[e].float().T
+            out[pairs] = (x[at].double() @ w[e].double().T).float() * sx[at][:, None] * scale[e].float().T
         else:
             weight = values(w[e], scale[e], None if zero is None else zero[e], group)
-            out[pairs] = rows.float() @ (weight.abs() if absolute else weight).T
+            out[pairs] = x[at].float() @ (weight.abs() if absolute else weight).T
     return out
 
 
@@ -48,6 +46,7 @@ def run(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     products = pairwise(x, sx, w, scale, zero, ids, weights, group)
     if weights is None:
@@ -55,7 +54,7 @@ def run(
         return (torch.nn.functional.silu(gate) * up).to(out_dtype)
     mine = (ids >= 0) & (ids < w.shape[0])
     weighted = products.view(*ids.shape, n) * weights.where(mine, torch.zeros_like(weights))[:, :, None]
-    y = weighted[:, 0]
-    for j in range(1, ids.shape[1]):  # in this order
-        y = y + weighted[:, j]
+    y = torch.zeros_like(weighted[:, 0])
+    for term in weighted.unbind(1):  # in this order
+        y = y + term
     return y.to(out_dtype)

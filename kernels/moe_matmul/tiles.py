@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..tiles import silu
+
 
 def most_blocks(pairs: int, experts: int, block_m: int) -> int:
     """The most blocks that pairs can make: each expert that has one (and "none of ours") may fill all but one in part."""
@@ -113,7 +115,7 @@ def store_products(
     if UP:
         halves = tl.permute(tl.reshape(acc, (2, BLOCK_N // 2, BLOCK_M)), (2, 1, 0))
         gate, up = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
-        y = gate / (1.0 + tl.exp(-gate)) * up
+        y = silu(gate) * up
         rows = pairs
         offs_n = first + tl.arange(0, BLOCK_N // 2)
     else:
