@@ -23,13 +23,13 @@ from ..weight import (
 OP = "matmul_w4a8"
 SCHEMA = (
     "(Tensor xq, Tensor sx, Tensor xsum, Tensor w, Tensor scale, Tensor? bias, int n, int k, int group, str packing,"
-    " ScalarType out_dtype) -> Tensor"
+    " ScalarType out_dtype, bool batch_invariant=False) -> Tensor"
 )
 MAX_K = 132104  # one limit for all int8 ops: 16 * 8 * 127 * K stays below 2^31, so a body may multiply 16 q
 
 Flat = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int, str,
-    torch.dtype,
+    torch.dtype, bool,
 ]  # fmt: skip
 
 
@@ -40,12 +40,18 @@ def unwrap(
     w: QuantTensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
 ) -> Flat:
-    """`group` of the flat form is always a number of weights: K when a row has one scale."""
+    """`group` of the flat form is always a number of weights: K when a row has one scale.
+
+    `batch_invariant`: the bits of a row of y do not depend on the number of rows. Only group scales on a card need to be
+    asked: everywhere else it is so anyway.
+    """
     expect_spec(OP, w, bits=4, symmetric_only=True, rows_only=False)
     n, k = w.shape
     rows = (rows_contiguous(xq), sx.contiguous(), xsum.contiguous())
-    return *rows, w.data, w.scale, fp32_bias(bias), n, k, w.spec.group or k, w.packing, out_dtype
+    group = w.spec.group or k
+    return *rows, w.data, w.scale, fp32_bias(bias), n, k, group, w.packing, out_dtype, batch_invariant
 
 
 def check(
@@ -60,6 +66,7 @@ def check(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> None:
     if xq.dtype != torch.int8:
         raise ValueError(
@@ -91,6 +98,7 @@ def out_like(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     return torch.empty((xq.shape[0], n), dtype=out_dtype, device=xq.device)
 
@@ -107,6 +115,7 @@ def cost(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Cost:
     m = xq.shape[0]
     return Cost(flops=2 * m * n * k, bytes=m * (k + 8 + n * out_dtype.itemsize) + weight_bytes(w, scale, None, bias))
@@ -125,6 +134,7 @@ def native(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> tuple[int, ...]:
     pointers = (pointer(xq), pointer(sx), pointer(w), pointer(scale), pointer(bias), pointer(out))
     return (*pointers, xq.shape[0], n, k, group, xq.stride(0), DTYPE_CODES[out_dtype], pointer(xsum))
@@ -143,6 +153,7 @@ def tolerance(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Sums of a group are exact; over G groups any order of fp32 adds errs by at most (G + 4) * 2^-24 of the terms."""
     terms = sx.abs()[:, None] * (xq.float().abs() @ values(w, scale, None, group).abs().T)
@@ -162,6 +173,7 @@ def triton_takes(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> str | None:
     return wrong_packing(packing, "planes8_w4")
 
@@ -178,6 +190,7 @@ def cpu_takes(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> str | None:
     return wrong_packing(packing, "rows16_k4_w4")
 
@@ -194,5 +207,6 @@ def reference_takes(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> str | None:
     return wrong_packing(packing, "plain")

@@ -33,6 +33,7 @@ from ..tiles import (
 from . import contract
 
 OP = contract.OP
+INVARIANT_ROWS = 256  # rows of x that share the workspace of a split K when results must not depend on M
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
 
 
@@ -208,6 +209,14 @@ def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
     return tuning.variants(base, changes, fits)
 
 
+def invariant_split(shape: tuning.Shape, card: Card) -> int:
+    """Parts of K when the result of a row must not depend on M: the one thing that changes the order of fp32 sums.
+
+    Sums within a group are int32 and exact whatever the tile; with one scale per row all sums are.
+    """
+    return min(4, tuning.split_k(-(-shape.n // 128), -(-shape.k // 128), shape._replace(m=1), card))
+
+
 @functools.cache
 def _tuned() -> tuning.Table:
     return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
@@ -232,18 +241,25 @@ def plan(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The output, and the one or two kernels that fill it."""
+    """The output, and the kernels that fill it: one, or two for a split K.
+
+    Memory beside the output: the parts of a split K, int32 or (group scales) fp32 [split, M, N], M <= 256 if batch_invariant.
+    """
     m = xq.shape[0]
     config = config or config_for(tuning.Shape(m, n, k, group, out_dtype), card)
-    each, split = tuning.cut(triton.cdiv(k, 128), config.split_k)
     per_row = group == k
+    fixed = batch_invariant and not per_row
+    split_k = invariant_split(tuning.Shape(1, n, k, group, out_dtype), card) if fixed else config.split_k
+    each, split = tuning.cut(triton.cdiv(k, 128), split_k)
     if not per_row and group not in (32, 64, 128):
         raise ValueError(f"{OP}: group is {group}, expected 32, 64, 128 or K = {k}")
     y = contract.out_like(xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype)
     partial = torch.int32 if per_row else torch.float32
-    out = y if split == 1 else xq.new_empty((split, m, n), dtype=partial)
+    rows = min(m, INVARIANT_ROWS) if fixed and split > 1 else m
+    space = xq.new_empty(split * rows * n, dtype=partial) if split > 1 else y
     options = {
         "HAS_BIAS": bias is not None and split == 1,
         "EVEN_K": k % 128 == 0,
@@ -257,14 +273,19 @@ def plan(
         "enable_fp_fusion": FUSION,
         **registers(card),
     }
-    sizes = (m, n, k, w.shape[0], each, xq.stride(0), w.stride(0), out.stride(-2))
-    args = (xq, w, sx, scale, sx if bias is None else bias, out, *sizes)
-    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), split)
     kernel = matmul_w4a8_rows_kernel if per_row else matmul_w4a8_groups_kernel
     options = options if per_row else {"GROUP": group, **options}
-    launches = [Launch(kernel, grid, args, options, (config.block_n, 128))]
-    if split > 1:
-        launches.append(add_slices_launch(out, sx, scale if per_row else None, bias, y))
+    launches = []
+    for first in range(0, m, rows):
+        x, sx_part, y_part = (t[first : first + rows] for t in (xq, sx, y))
+        count = x.shape[0]
+        out = y_part if split == 1 else space[: split * count * n].view(split, count, n)
+        sizes = (count, n, k, w.shape[0], each, xq.stride(0), w.stride(0), out.stride(-2))
+        args = (x, w, sx_part, scale, sx if bias is None else bias, out, *sizes)
+        grid = (triton.cdiv(n, config.block_n) * triton.cdiv(count, config.block_m), split)
+        launches.append(Launch(kernel, grid, args, options, (config.block_n, 128)))
+        if split > 1:
+            launches.append(add_slices_launch(out, sx_part, scale if per_row else None, bias, y_part))
     return y, launches
 
 
@@ -280,8 +301,10 @@ def run(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The body: what op.py calls."""
-    y, launches = plan(device.card_of(xq.device), xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype)
+    card = device.card_of(xq.device)
+    y, launches = plan(card, xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype, batch_invariant)
     start(launches, xq.device)
     return y

@@ -17,6 +17,7 @@ def run(
     group: int,
     packing: str,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     y = torch.zeros((xq.shape[0], n), dtype=torch.float32, device=xq.device)
     for g, start in enumerate(range(0, k, group)):  # ascending: the order of the fp32 sum is part of the meaning
