@@ -105,7 +105,7 @@ def _arguments(
     if op is matmul_w8a8:  # int32 sums and one epilogue: batch-invariant whatever the Config
         return *given[:2], w, bias, dtype
     if op is matmul_w4a8:
-        return *given, w, bias, dtype
+        return (*given, w, bias, dtype, True) if batch_invariant else (*given, w, bias, dtype)
     return (*given, w, bias, True) if batch_invariant else (*given, w, bias)
 
 
