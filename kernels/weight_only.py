@@ -144,7 +144,7 @@ def tolerance(
     """
     weight = values(w, scale, zero, group)
     bound = ulp(want) + 2.0**-16 * (x.float().abs() @ weight.abs().T)
-    if x.dtype == torch.bfloat16 and x.shape[0] > ROUNDS_WEIGHT_ABOVE:
+    if x.dtype == torch.bfloat16 and x.shape[0] > ROUNDS_WEIGHT_ABOVE and not batch_invariant:
         bound = bound + 2.0**-6 * (x.float().square() @ weight.square().T).sqrt()
     return bound if bias is None else bound + 2.0**-22 * bias.abs()
 
