@@ -32,6 +32,8 @@ from ..kernels.matmul_w4a16 import cases as w4a16_cases
 from ..kernels.matmul_w4a16 import matmul_w4a16
 from ..kernels.matmul_w8a8 import cases as w8a8_cases
 from ..kernels.matmul_w8a8 import matmul_w8a8
+from ..kernels.matmul_w8a16 import cases as w8a16_cases
+from ..kernels.matmul_w8a16 import matmul_w8a16
 from ..kernels.op import Cost, Op, native_isa
 from ..kernels.quantize_rows import cases as quantize_rows_cases
 from ..kernels.quantize_rows import quantize_rows
@@ -47,11 +49,14 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
         (quantize_rows, quantize_rows_cases),
         (matmul_w8a8, w8a8_cases),
         (matmul_w4a16, w4a16_cases),
+        (matmul_w8a16, w8a16_cases),
         (matmul_w4a8, w4a8_cases),
     )
 }
 _KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-_SHARED_SOURCES = ("op.py", "tiles.py", "tuning.py", "weight.py", "linear.py", "device.py")
+_SHARED_SOURCES = (
+    "op.py", "tiles.py", "tuning.py", "weight.py", "weight_only.py", "weight_only_plan.py", "linear.py", "device.py",
+)  # fmt: skip
 _MOST_COPIES, _MOST_CPU_BYTES = 256, 1 << 28
 WORTH = (1, 16, 256, 64, 4, 1024, 4096)  # tokens in the order in which their figures decide something
 _SAMPLE_S = 0.03  # of a CPU sample, at least

@@ -33,7 +33,7 @@ def distinct_kernels(arch: str, problems: list[list[str]]) -> Iterator[dict[str,
     seen = set()
     for op, name in problems:
         case = ops.case_of(op, name)
-        if op == "matmul_w4a16" and str(case.dtype) == "torch.float32":
+        if op in ("matmul_w4a16", "matmul_w8a16") and str(case.dtype) == "torch.float32":
             continue  # its Triton body refuses fp32
         for index, launch in enumerate(inspection.plan(op, case, arch)):
             key = (op, *inspection.key(launch))

@@ -43,8 +43,8 @@ def test_plan_is_whole_and_by_worth() -> None:
     assert {spec for spec, _ in found} == set(specs) and len(set(found)) == len(found)
     with pytest.raises(FormatError, match="no cases for model 'qwen9'"):
         ops.plan(("qwen9",), specs)
-    with pytest.raises(Unsupported, match="w8a16"):
-        ops.plan(models, ("w8a16",))
+    with pytest.raises(Unsupported, match="w3a16"):
+        ops.plan(models, ("w3a16-g64",))
 
 
 def test_check_is_green_and_red(monkeypatch: pytest.MonkeyPatch) -> None:

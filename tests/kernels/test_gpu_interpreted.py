@@ -46,6 +46,18 @@ def unpack16(w_ptr, word_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def unpack16_w8(w_ptr, word_ptr, y_ptr, N: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """y[n, 64 p + j] = (q - z) * scale of plane p, for one block of packing planes16_w8."""
+    n, j = tl.arange(0, N), tl.arange(0, 64)
+    packed = tl.load(w_ptr + n[:, None] * 64 + j[None, :])
+    word = tl.load(word_ptr + n)
+    scale = tiles.word8_scale(word, HAS_ZERO)
+    for p in tl.static_range(2):
+        w = tiles.unpack_plane16_w8(packed, word, p, tl.float16, HAS_ZERO, False)
+        tl.store(y_ptr + n[:, None] * 128 + 64 * p + j[None, :], w.to(tl.float32) * scale[:, None])
+
+
+@triton.jit
 def unpack8(w_ptr, y_ptr, N: tl.constexpr):
     """y[n, 64 p + j] = 16 q of plane p, for one block of packing planes8_w4."""
     n, j = tl.arange(0, N), tl.arange(0, 64)
@@ -56,11 +68,14 @@ def unpack8(w_ptr, y_ptr, N: tl.constexpr):
 
 
 def every_code(name: str) -> QuantTensor:
-    """64 x 128: each of the 16 codes in each column; each of the 16 zero points."""
+    """64 x 128: each of the 16 (256) codes; each of the 16 zero points (64 from end to end)."""
     spec = QuantSpec.parse(name)
-    codes = ((torch.arange(64)[:, None] + torch.arange(128)[None, :]) % 16 - 8).to(torch.int8)
+    count = 1 << spec.weight_bits
+    codes = ((torch.arange(64)[:, None] * (count // 16) + torch.arange(128)[None, :]) % count - count // 2).to(
+        torch.int8
+    )
     scale = (torch.arange(64)[:, None] + 1).to(torch.bfloat16) * 2.0**-10
-    zero = None if spec.symmetric else (torch.arange(64)[:, None] // 4 - 8).to(torch.int8)
+    zero = None if spec.symmetric else (torch.arange(64)[:, None] * count // 64 - count // 2).to(torch.int8)
     return QuantTensor(codes, scale, zero, spec, "plain", (64, 128))
 
 
@@ -71,6 +86,16 @@ def test_card_unpacks_what_the_host_packed_16(name: str) -> None:
     unpack16[(1,)](packed.data, packed.scale, y, N=64)
     zero = torch.zeros(64, 1) if qt.zero is None else qt.zero
     assert torch.equal(y, (qt.data - zero) * qt.scale.float())
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a16-asym"])
+def test_card_unpacks_what_the_host_packed_16_w8(name: str) -> None:
+    qt = every_code(name)
+    packed, y = repack(qt, "planes16_w8"), torch.full((64, 128), torch.nan)
+    unpack16_w8[(1,)](packed.data, packed.scale, y, N=64, HAS_ZERO=qt.zero is not None)
+    zero = torch.zeros(64, 1, dtype=torch.int8) if qt.zero is None else qt.zero
+    assert len(qt.data.unique()) == 256
+    assert torch.equal(y, (qt.data.int() - zero.int()) * qt.scale.float())
 
 
 def test_card_unpacks_what_the_host_packed_8() -> None:
@@ -91,6 +116,17 @@ def test_the_assembly_does_what_its_picture_says() -> None:
         minus = torch.tensor([(z << 4 | 0xD400) - (1 << 16)], dtype=torch.int16).view(FP16).float()
         assert torch.equal(fp16 + minus, (u - z).float())
     r = torch.arange(256, dtype=torch.int32)
+    q = r.to(torch.uint8).view(torch.int8).float()
+    low, high = (
+        ((r & mask) | bits).to(torch.int16).view(torch.bfloat16).float()
+        for mask, bits in ((0x7F, 0x4300), (0x80, -0x3D00))
+    )
+    assert torch.equal(low + high, q), "-0x3D00 has the bits of 0xC300"
+    wide = ((r & 0xFF) ^ 0x6480).to(torch.int16).view(FP16).float()
+    for z in range(-128, 128):
+        minus = torch.tensor([(z + 128) | -0x1C00], dtype=torch.int16).view(FP16).float()  # 0xE400
+        assert torch.equal(wide + minus, q - z)
+        assert torch.equal((q - z).to(torch.bfloat16).float(), q - z), "the last sum of bf16 is exact"
     for plane, shifted in ((0, r << 4), (1, r)):
         byte = ((shifted ^ 0x80) & 0xF0).to(torch.uint8).view(torch.int8)
         code = ((r >> (4 * plane)) & 15) - 8
@@ -124,6 +160,10 @@ CONFIGS = {
         {"split_k": s, "block_n": n, "block_m": m, "pack_blocks": b, "scale_weight": c}
         for s, (n, m), b, c in itertools.product((1, 3), ((64, 16), (128, 32)), (1, 2), (False, True))
     ],
+    "matmul_w8a16": [
+        {"split_k": s, "block_n": n, "block_m": m, "pack_blocks": b, "scale_weight": c}
+        for s, (n, m), b, c in itertools.product((1, 3), ((64, 16), (128, 32)), (1, 2), (False, True))
+    ],
     "matmul_w4a8": [
         {"split_k": s, "block_n": n, "block_m": m, "raster": r}
         for s, (n, m), r in itertools.product((1, 3, 5), ((64, 16), (128, 64)), (1, 2))
@@ -132,6 +172,7 @@ CONFIGS = {
 SPECS = {
     "matmul_w8a8": ("w8a8",),
     "matmul_w4a16": ("w4a16", "w4a16-g32-asym", "w4a16-g64", "w4a16-g128"),
+    "matmul_w8a16": ("w8a16", "w8a16-g32-asym", "w8a16-g64", "w8a16-g128"),
     "matmul_w4a8": ("w4a8", "w4a8-g32", "w4a8-g64", "w4a8-g128"),
 }
 
@@ -143,7 +184,8 @@ def test_every_config_gives_the_same_answer(op: str, number: int) -> None:
     spec = SPECS[op][number % len(SPECS[op])]
     got, want, allowed = answers(op, small(19, 150, 768, spec, FP16, bias=True), number, **changes)
     if changes.get("scale_weight"):
-        allowed = allowed + 2.0**-5  # each weight is rounded to fp16 after its scale
+        largest = 16 if op == "matmul_w8a16" else 1  # codes reach 16 times as far
+        allowed = allowed + 2.0**-5 * largest  # each weight is rounded to fp16 after its scale
     assert difference(op, got, want, allowed) is None, f"{spec} {changes}"
 
 

@@ -23,6 +23,7 @@ from percard.kernels import device, op
 from percard.kernels.matmul_w4a8 import matmul_w4a8
 from percard.kernels.matmul_w4a16 import matmul_w4a16
 from percard.kernels.matmul_w8a8 import matmul_w8a8
+from percard.kernels.matmul_w8a16 import matmul_w8a16
 from percard.kernels.quantize_rows import quantize_rows
 from percard.kernels.search_scale import search_scale
 
@@ -66,7 +67,9 @@ def weight(spec: str, n: int, k: int, random: torch.Generator) -> QuantTensor:
     codes[0] = parsed.qmin
     codes[-1, ::2] = parsed.qmax
     scale = 10.0 ** (torch.rand(n, parsed.groups(k), generator=random) * 12 - 8)
-    zero = None if parsed.symmetric else torch.randint(-8, 8, scale.shape, generator=random).to(torch.int8)
+    zero = None
+    if not parsed.symmetric:
+        zero = torch.randint(parsed.qmin, parsed.qmax + 1, scale.shape, generator=random).to(torch.int8)
     plain = QuantTensor(codes, scale, zero, parsed, "plain", (n, k))
     return layout.repack(plain, f"rows16_k4_w{parsed.weight_bits}")
 
@@ -132,17 +135,18 @@ def test_searched_scales_have_scalars_bits(isa: str, spec: str, seed: int) -> No
             both(isa, lambda d=dtype, p=norm: search_scale(w, QuantSpec.parse(spec), d, p, impl="cpu"))
 
 
-@pytest.mark.parametrize("spec", ["w4a16", "w4a16-g32", "w4a16-g64-asym", "w4a16-g128"])
+@pytest.mark.parametrize("spec", ["w4a16", "w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w8a16", "w8a16-g32-asym"])
 def test_a_row_of_floats_does_not_depend_on_its_neighbours(isa: str, spec: str, seed: int) -> None:
     """Tiles of tokens are filled up with zeros; nothing of them, and no NaN of another row, may reach a result."""
     random = torch.Generator().manual_seed(seed)
+    matmul = matmul_w8a16 if spec.startswith("w8") else matmul_w4a16
     for m, n, k in ((7, 33, 256), (16, 64, 128), (35, 48, 640)):
         x, w = torch.randn(m, k, generator=random).bfloat16(), weight(spec, n, k, random)
-        clean = matmul_w4a16(x, w, None, impl="cpu")
+        clean = matmul(x, w, None, impl="cpu")
         dirty = x.clone()
         dirty[m // 2] = torch.nan
         dirty[0] = torch.inf
-        found = matmul_w4a16(dirty, w, None, impl="cpu")
+        found = matmul(dirty, w, None, impl="cpu")
         assert not bool(torch.isfinite(found[m // 2]).any()) and not bool(torch.isfinite(found[0]).any())
         rest = [i for i in range(m) if i not in (0, m // 2)]
         assert torch.equal(found[rest], clean[rest])
@@ -164,7 +168,7 @@ def test_nothing_is_written_past_the_output(isa: str, seed: int) -> None:
         assert bool((q[m * k :] == 7).all())
 
 
-@pytest.mark.parametrize("spec", ["w8a8", "w4a8-g64", "w4a16-g64"])
+@pytest.mark.parametrize("spec", ["w8a8", "w4a8-g64", "w4a16-g64", "w8a16-g64-asym"])
 def test_threads_do_not_change_a_bit(spec: str, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     w = weight(spec, 1000, 512, random)
@@ -172,8 +176,8 @@ def test_threads_do_not_change_a_bit(spec: str, seed: int) -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        if spec.startswith("w4a16"):
-            found.append(matmul_w4a16(x, w, None, impl="cpu"))
+        if "a16" in spec:
+            found.append((matmul_w8a16 if spec.startswith("w8") else matmul_w4a16)(x, w, None, impl="cpu"))
             continue
         xq, sx, xsum = quantize_rows(x, impl="cpu")
         found.append(matmul_w8a8(xq, sx, w, impl="cpu") if spec == "w8a8" else matmul_w4a8(xq, sx, xsum, w, impl="cpu"))
@@ -281,11 +285,13 @@ def machine_code() -> dict[str, dict[str, list[tuple[str, str]]]]:
         ("avx2", "4w4a8", "vpmaddubsw", "%ymm"),
         ("avx2", "4w8a8", "vpmaddwd", "%ymm"),
         ("avx2", "5w4a16", "vfmadd", "%ymm"),
+        ("avx2", "5w8a16", "vfmadd", "%ymm"),
         ("avx_vnni", "4w4a8", "vpdpbusd", "%ymm"),
         ("avx_vnni", "4w8a8", "vpdpbusd", "%ymm"),
         ("avx512_vnni", "4w4a8", "vpdpbusd", "%zmm"),
         ("avx512_vnni", "4w8a8", "vpdpbusd", "%zmm"),
         ("avx512_vnni", "5w4a16", "vfmadd", "%zmm"),
+        ("avx512_vnni", "5w8a16", "vfmadd", "%zmm"),
         ("amx_int8", "matmul_w4a8", "tdpbssd", "%tmm"),
         ("amx_int8", "4w8a8", "tdpbssd", "%tmm"),
         ("amx_int8", "matmul_w4a16", "tdpbf16ps", "%tmm"),

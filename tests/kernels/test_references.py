@@ -17,6 +17,8 @@ from percard.kernels.matmul_w4a16 import cases as w4a16_cases
 from percard.kernels.matmul_w4a16 import matmul_w4a16
 from percard.kernels.matmul_w8a8 import cases as w8a8_cases
 from percard.kernels.matmul_w8a8 import matmul_w8a8
+from percard.kernels.matmul_w8a16 import cases as w8a16_cases
+from percard.kernels.matmul_w8a16 import matmul_w8a16
 from percard.kernels.quantize_rows import quantize_rows
 from percard.kernels.weight import ulp, values
 
@@ -60,9 +62,10 @@ def test_matmul_w8a8(bias: bool) -> None:
     close(matmul_w8a8(xq, sx, w, b, FP32, impl="reference"), want)
 
 
-@pytest.mark.parametrize("spec", ["w4a16", "w4a16-g32", "w4a16-asym", "w4a16-g64-asym"])
-def test_matmul_w4a16(spec: str) -> None:
-    x, w, b = w4a16_cases.inputs(shapes.small(2, 3, 128, spec, FP32, bias=True), 2)
+@pytest.mark.parametrize("spec", ["w4a16", "w4a16-g32", "w4a16-asym", "w4a16-g64-asym", "w8a16", "w8a16-g64-asym"])
+def test_matmuls_of_floats(spec: str) -> None:
+    op, cases = (matmul_w8a16, w8a16_cases) if spec.startswith("w8") else (matmul_w4a16, w4a16_cases)
+    x, w, b = cases.inputs(shapes.small(2, 3, 128, spec, FP32, bias=True), 2)
     zero = torch.zeros_like(w.scale) if w.zero is None else w.zero
     group = w.spec.group or 128
     by_hand = (w.data.double() - zero.double().repeat_interleave(group, 1)) * w.scale.double().repeat_interleave(
@@ -71,7 +74,7 @@ def test_matmul_w4a16(spec: str) -> None:
     assert torch.equal(values(w.data, w.scale, w.zero, group).double(), by_hand)
     assert torch.equal(dequantize(w).double(), by_hand)
     want = [[v + Fraction(float(b[n])) for n, v in enumerate(row)] for row in exact(x, by_hand)]
-    close(matmul_w4a16(x, w, b, impl="reference"), want)
+    close(op(x, w, b, impl="reference"), want)
 
 
 @pytest.mark.parametrize("spec", ["w4a8", "w4a8-g32", "w4a8-g64"])
@@ -114,7 +117,7 @@ def test_cases_draw_every_code_and_new_numbers_for_new_seeds() -> None:
     assert not torch.equal(other[0], x) and not torch.equal(other[1].data, w.data)
 
 
-@pytest.mark.parametrize("cases", [w8a8_cases, w4a16_cases, w4a8_cases])
+@pytest.mark.parametrize("cases", [w8a8_cases, w4a16_cases, w8a16_cases, w4a8_cases])
 def test_case_names_are_unique_and_the_real_shapes_are_there(cases: object) -> None:
     found = {case.name: case for case in cases.CASES}  # type: ignore[attr-defined]
     assert len(found) == len(cases.CASES)  # type: ignore[attr-defined]

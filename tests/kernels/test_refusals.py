@@ -18,11 +18,14 @@ from percard.kernels.matmul_w4a16 import cases as w4a16_cases
 from percard.kernels.matmul_w4a16 import matmul_w4a16
 from percard.kernels.matmul_w8a8 import cases as w8a8_cases
 from percard.kernels.matmul_w8a8 import matmul_w8a8
+from percard.kernels.matmul_w8a16 import cases as w8a16_cases
+from percard.kernels.matmul_w8a16 import matmul_w8a16
 from percard.kernels.op import Op, Unsupported
 from percard.kernels.quantize_rows import quantize_rows
 
 W8A8 = w8a8_cases.inputs(shapes.small(3, 20, 96, "w8a8", bias=True), 0)
 W4A16 = w4a16_cases.inputs(shapes.small(3, 20, 96, "w4a16-g32-asym", bias=True), 0)
+W8A16 = w8a16_cases.inputs(shapes.small(3, 20, 96, "w8a16-g32-asym", bias=True), 0)
 W4A8 = w4a8_cases.inputs(shapes.small(3, 20, 96, "w4a8-g32", bias=True), 0)
 
 
@@ -46,7 +49,7 @@ def refused(op: Op, arguments: tuple, *parts: str) -> None:
 
 @pytest.mark.parametrize(
     ("op", "args"),
-    [(matmul_w8a8, W8A8), (matmul_w4a16, W4A16), (matmul_w4a8, W4A8)],
+    [(matmul_w8a8, W8A8), (matmul_w4a16, W4A16), (matmul_w8a16, W8A16), (matmul_w4a8, W4A8)],
     ids=lambda v: getattr(v, "name", ""),
 )
 def test_weights_that_do_not_fit(op: Op, args: tuple) -> None:
@@ -73,17 +76,17 @@ def test_weights_that_do_not_fit(op: Op, args: tuple) -> None:
 
 @pytest.mark.parametrize(
     ("op", "args"),
-    [(matmul_w8a8, W8A8), (matmul_w4a16, W4A16), (matmul_w4a8, W4A8)],
+    [(matmul_w8a8, W8A8), (matmul_w4a16, W4A16), (matmul_w8a16, W8A16), (matmul_w4a8, W4A8)],
     ids=lambda v: getattr(v, "name", ""),
 )
 def test_activations_that_do_not_fit(op: Op, args: tuple) -> None:
-    name = "x" if op is matmul_w4a16 else "xq"
+    name = "x" if op in (matmul_w4a16, matmul_w8a16) else "xq"
     x = args[0]
     refused(op, flat(op, args, **{name: x[:, :-1]}), f"{name} has shape (3, 95)", "[M, 96]", "flatten")
     refused(op, flat(op, args, **{name: x.view(1, 3, 96)}), f"{name} has shape (1, 3, 96)")
     refused(op, flat(op, args, **{name: x.T.contiguous().T}), "contiguous last dimension", ".contiguous()")
     refused(op, flat(op, args, **{name: x.double()}), f"{name} is torch.float64")
-    if op is matmul_w4a16:
+    if name == "x":
         return
     refused(op, flat(op, args, xq=x.float()), "xq is torch.float32, expected int8", "quantize_rows")
     refused(op, flat(op, args, sx=args[1][:2]), "sx is torch.float32 (2,)", "(3,)")
@@ -96,7 +99,7 @@ def test_activations_that_do_not_fit(op: Op, args: tuple) -> None:
 
 @pytest.mark.parametrize(
     ("op", "args"),
-    [(matmul_w8a8, W8A8), (matmul_w4a16, W4A16), (matmul_w4a8, W4A8)],
+    [(matmul_w8a8, W8A8), (matmul_w4a16, W4A16), (matmul_w8a16, W8A16), (matmul_w4a8, W4A8)],
     ids=lambda v: getattr(v, "name", ""),
 )
 def test_tensors_on_different_devices(op: Op, args: tuple) -> None:
@@ -120,7 +123,7 @@ def test_int8_sums_have_a_largest_k() -> None:
 
 
 def test_groups_that_do_not_fit() -> None:
-    for op, args in ((matmul_w4a16, W4A16), (matmul_w4a8, W4A8)):
+    for op, args in ((matmul_w4a16, W4A16), (matmul_w8a16, W8A16), (matmul_w4a8, W4A8)):
         for group in (0, -32, 16, 24, 33, 64, 128):  # 96 = 3 * 32
             refused(op, flat(op, args, group=group), f"group is {group}", "(32, 64, 128)")
     refused(
@@ -140,6 +143,8 @@ def test_the_wrong_spec_for_an_op() -> None:
         ValueError, match=r"matmul_w4a16: the weight is w8a8, expected 4-bit codes; kernels.linear.linear"
     ):
         matmul_w4a16(W4A16[0], w8)
+    with pytest.raises(ValueError, match="matmul_w8a16: the weight is w4a16-g32-asym, expected 8-bit codes"):
+        matmul_w8a16(W8A16[0], w4)
     with pytest.raises(ValueError, match="matmul_w4a8: the weight is w4a16-g32-asym, expected 4-bit symmetric codes"):
         matmul_w4a8(*W4A8[:3], w4)
     per_group = replace(w8, spec=QuantSpec.parse("w8a16-g32"), scale=w8.scale.expand(-1, 3))
@@ -149,7 +154,12 @@ def test_the_wrong_spec_for_an_op() -> None:
 
 @pytest.mark.parametrize(
     ("op", "args", "wrong"),
-    [(matmul_w8a8, W8A8, "rows8"), (matmul_w4a16, W4A16, "planes8_w4"), (matmul_w4a8, W4A8, "planes16_w4")],
+    [
+        (matmul_w8a8, W8A8, "rows8"),
+        (matmul_w4a16, W4A16, "planes8_w4"),
+        (matmul_w8a16, W8A16, "rows8"),
+        (matmul_w4a8, W4A8, "planes16_w4"),
+    ],
     ids=lambda v: getattr(v, "name", ""),
 )
 def test_a_packing_for_another_body_names_the_one_that_is_read(op: Op, args: tuple, wrong: str) -> None:
