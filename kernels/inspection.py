@@ -273,20 +273,28 @@ def op_names() -> list[str]:
     return sorted(p.parent.name for p in Path(__file__).parent.glob("*/gpu.py"))
 
 
-def expected(op: str) -> Expect:
-    """EXPECT of an op's cases.py."""
-    return importlib.import_module(f".{op}.cases", __package__).EXPECT
+def expected(op: str, kernel: str = "") -> Expect:
+    """EXPECT of an op's cases.py; where it says different things of several kernels, what it says of `kernel`."""
+    expect = importlib.import_module(f".{op}.cases", __package__).EXPECT
+    return expect[kernel] if isinstance(expect, dict) else expect
 
 
 def problems(op: str, everything: bool) -> list[Case]:
-    """The quick problems of an op, or all that its heuristic tells apart: layers of real models at every bucket of M."""
-    expect = expected(op)
+    """The quick problems of an op, or all that its heuristic tells apart: layers of real models at every bucket of M.
+
+    An op whose problems are more than (M, N, K) lists them itself: `problems(expect)` in its cases.py.
+    """
+    module = importlib.import_module(f".{op}.cases", __package__)
+    expects = module.EXPECT.values() if isinstance(module.EXPECT, dict) else [module.EXPECT]
+    quick = [case for expect in expects for case in expect.quick]
     if not everything:
-        return list(expect.quick)
-    cases = importlib.import_module(f".{op}.cases", __package__).CASES
+        return quick
+    if hasattr(module, "problems"):
+        return quick + [case for expect in expects for case in module.problems(expect)]
+    expect, cases = module.EXPECT, module.CASES
     layers = sorted({(case.n, case.k) for case in cases if case.real})
     kinds = [(spec, expect.dtypes[0]) for spec in expect.specs] + [(expect.specs[0], d) for d in expect.dtypes[1:]]
-    return list(expect.quick) + [
+    return quick + [
         Case(f"m{1 << bucket}.n{n}.k{k}.{spec}.{dtype}", 1 << bucket, n, k, spec, dtype, small=False)
         for (n, k), (spec, dtype), bucket in itertools.product(layers, kinds, range(15))
     ]
@@ -328,7 +336,7 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
     """One line for each thing in `rows` that is not as the op's EXPECT says. Empty: all is well."""
     found = []
     for row in rows:
-        arch, expect = row["arch"], expected(row["op"])
+        arch = row["arch"]
         where = f"{row['config']} on {arch}, Triton {row['triton']}"
         if row["spilled_bytes"]:
             found.append(f"{where}: spills {row['spilled_bytes']} bytes, expected none")
@@ -336,6 +344,7 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: takes {row['shared_bytes']} bytes of shared memory, has {ARCHS[arch].shared_bytes}")
         if not row["config"].startswith("matmul"):
             continue
+        expect = expected(row["op"], row["config"].split()[0])
         mma, operand, ceilings = (expect.of(f, arch, row["triton"]) for f in ("mma", "weight_operand", "ceilings"))
         if row["mma"] != mma:
             found.append(f"{where}: MMA is {row['mma'] or 'none'}, expected {mma}")

@@ -128,10 +128,10 @@ def blank(case: ExpertsCase) -> tuple[Any, ...]:
     return contract.unwrap(empty(rows, case.k, dtype=case.dtype), w, ids, weights)
 
 
-def problems(specs: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list[Case]:
+def problems(expect: Expect) -> list[Case]:
     """What inspection compiles of everything: each layer at every batch, in each spec and type."""
     layers = [case for case in CASES if case.real and case.spec == "w8a8"]
-    kinds = [(spec, dtypes[0]) for spec in specs] + [(specs[0], dtype) for dtype in dtypes[1:]]
+    kinds = [(spec, expect.dtypes[0]) for spec in expect.specs] + [(expect.specs[0], d) for d in expect.dtypes[1:]]
     return [replace(case, name=f"{case.name}.{s}.{d}", spec=s, dtype=d) for case in layers for s, d in kinds]
 
 
@@ -152,7 +152,13 @@ EXPECT = {
         dtypes=(BF16, FP16),
         mma={"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"},
         weight_operand={"sm_80": "registers", "sm_89": "registers", "sm_90": "registers", "sm_100": "tensor memory"},
-        ceilings={},
+        ceilings={
+            "sm_80": {16: (2.5, 2.8, 3.7), 32: (2.9, 3.4, 4.5), 64: (4.9, 5.9, 8.1)},
+            "sm_89": {16: (2.5, 2.8, 3.7), 32: (2.9, 3.4, 4.5), 64: (4.9, 5.9, 8.1)},
+            "sm_90": {16: (2.7, 3.1, 4.0), 32: (2.9, 3.3, 4.5), 64: (4.6, 5.6, 7.8)},
+            "sm_100": {16: (3.6, 3.8, 4.4), 32: (3.8, 4.2, 5.3), 64: (6.1, 7.4, 9.5)},
+            "sm_100 3.6": {16: (3.6, 3.9, 4.5), 32: (3.8, 4.3, 5.2), 64: (6.5, 7.7, 9.6)},
+        },
     ),
     "matmul_experts_w8a8": Expect(
         quick=_quick("w8a8", "qwen3-30b-a3b.gate_up.t16", "qwen3-30b-a3b.down.t4096"),
@@ -166,6 +172,12 @@ EXPECT = {
             "sm_100": "shared memory",
             "sm_100 3.6": "registers",
         },
-        ceilings={},
+        ceilings={
+            "sm_80": {16: (0.7,), 32: (0.9,), 64: (1.6,)},
+            "sm_89": {16: (0.7,), 32: (0.9,), 64: (1.6,)},
+            "sm_90": {16: (1.0,), 32: (1.0,), 64: (1.6,)},
+            "sm_100": {16: (1.1,), 32: (1.1,), 64: (2.0,)},
+            "sm_100 3.6": {16: (0.7,), 32: (0.9,), 64: (1.7,)},
+        },
     ),
 }

@@ -175,19 +175,24 @@ class Config:
 
 
 def heuristic(shape: Shape, card: Card) -> Config:
-    """Tiles as narrow as twice the tokens of an average expert, so that few experts need a second pass over their rows."""
+    """Tiles as narrow as twice the tokens of an average expert, so that few experts need a second pass over their rows.
+
+    mma.sync needs registers for x too: on sm_80 and sm_89 groups below 128 have at most 32 tokens, and 256 codes a step
+    at most 16, or registers spill.
+    """
     pairs = shape.m * shape.topk
     direct = 4 * pairs <= shape.experts
+    warp_mma, blackwell, int8 = card.sm < 90, card.sm >= 100, shape.dtype == torch.int8
+    widest = 32 if warp_mma and not int8 and shape.group < 128 else 64
     twice = triton.next_power_of_2(-(-2 * pairs // shape.experts))
-    block_m = 16 if direct else min(max(twice, 16), 64)
-    if shape.dtype == torch.int8:
+    block_m = 16 if direct else min(max(twice, 16), widest)
+    warps = 4 if block_m <= 32 else 8
+    if int8:
         buffers = (card.shared_bytes - 4096) // ((128 + block_m) * 128)
-        stages = max(2, min(5, buffers if card.sm >= 90 else buffers + 1))
-        return Config(128, block_m, 128, 1 if card.sm == 90 else 2, direct, 8, 4 if block_m <= 32 else 8, stages)
-    blackwell = card.sm >= 100
-    even = -(-shape.k // 128) % 2 == 0
-    blocks = 2 if block_m <= 32 and even and shape.group >= 64 and not blackwell else 1
-    return Config(128, block_m, 128 * blocks, 1, direct, 8, 4 if block_m <= 32 else 8, 3)
+        stages = max(2, min(5, buffers + 1 if warp_mma else buffers))
+        return Config(128, block_m, 128, 1 if card.sm == 90 else 2, direct, 8, warps, stages)
+    two = block_m <= (16 if warp_mma else 32) and shape.group >= 64 and -(-shape.k // 128) % 2 == 0 and not blackwell
+    return Config(128, block_m, 256 if two else 128, 1, direct, 8, warps, 3)
 
 
 @functools.lru_cache(maxsize=4096)
