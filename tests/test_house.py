@@ -300,6 +300,7 @@ def test_an_op_has_the_same_inside_as_every_other(op: str) -> None:
     contract = tree_of(folder / "contract.py")
     names = {n.name for n in contract.body if isinstance(n, ast.FunctionDef)}
     names |= {t.id for n in contract.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    names |= {a.asname or a.name for n in contract.body if isinstance(n, ast.ImportFrom) for a in n.names}
     assert {"SCHEMA", "unwrap", "check", "out_like", "cost", "native", "tolerance", "cpu_takes"} <= names
     reference = (folder / "reference.py").read_text(encoding="utf-8")
     assert len(reference.splitlines()) <= 60
