@@ -10,7 +10,9 @@ import importlib
 import itertools
 import os
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -187,6 +189,67 @@ def test_every_config_gives_the_same_answer(op: str, number: int) -> None:
         largest = 16 if op == "matmul_w8a16" else 1  # codes reach 16 times as far
         allowed = allowed + 2.0**-5 * largest  # each weight is rounded to fp16 after its scale
     assert difference(op, got, want, allowed) is None, f"{spec} {changes}"
+
+
+@pytest.mark.parametrize("spec", ["w4a16", "w4a16-g32-asym", "w4a16-g128", "w8a16", "w8a16-g32-asym", "w8a16-g128"])
+def test_a_weight_made_whole_by_chunks(spec: str) -> None:
+    """Way D: our kernel fills chunk after chunk in the same memory, torch multiplies; several chunks, a cut last one."""
+    op = f"matmul_{spec[:5].rstrip('-')}"
+    k = 900 if "-" not in spec else 1024
+    got, want, allowed = answers(op, small(5, 1100, k, spec, FP16, bias=True), 7, dequantize_mb=1)
+    allowed = allowed + 2.0**-9 * want.abs().max()  # each weight is rounded to fp16 after its scale
+    assert difference(op, got, want, allowed) is None
+
+
+@pytest.mark.parametrize("spec", ["w4a16-g128", "w8a16", "w4a8-g128"])
+def test_rows_that_share_a_workspace_do_not_depend_on_it(spec: str) -> None:
+    """K is split in two, and 257 rows take the workspace twice: still each row is what it is alone."""
+    op = f"matmul_{spec.split('-')[0]}"
+    package = importlib.import_module(f"percard.kernels.{op}")
+    module, cases = (importlib.import_module(f"percard.kernels.{op}.{part}") for part in ("gpu", "cases"))
+    the_op, rows = getattr(package, op), 3 if "a8" in spec else 1
+    args = cases.inputs(small(257, 40, 1024, spec, FP16, bias=True), 5)
+    packing = the_op.body("triton").packing
+    args = tuple(repack(a, packing) if isinstance(a, QuantTensor) else a for a in args)
+
+    def run(*given: Any) -> torch.Tensor:
+        with poisoned_memory():
+            y, launches = module.plan(H200, *the_op.contract.unwrap(*given, batch_invariant=True))
+            assert len(launches) == 2 * -(-y.shape[0] // 256), "a kernel and a sum for each 256 rows"
+            tiles.start(launches, y.device)
+        return y
+
+    whole = run(*args)
+    for part in (slice(0, 1), slice(250, 257), slice(256, 257)):
+        assert torch.equal(run(*(a[part] for a in args[:rows]), *args[rows:]), whole[part])
+
+
+def test_the_tuner_runs_these_kernels(tmp_path: Path) -> None:
+    """Real op, real candidates, the gates as on a card; only the compiler and the clock are made up."""
+    from percard.kernels import tuner, tuning
+
+    class Machine:
+        card, triton, where = replace(H200, l2_bytes=1 << 16), "3.9.0", torch.device("cpu")
+        timed: ClassVar[list[int]] = []
+
+        def refuses(self, launches: Any) -> str | None:
+            return None
+
+        def time(self, turns: Any, rounds: int) -> dict[str, list[float]]:
+            self.timed.append(len(turns))
+            assert all(len(turn) >= 2 for turn in turns.values()), "copies that are more than the cache holds"
+            return {name: [2.0 if name.startswith("heuristic") else 1.0] * rounds for name in turns}
+
+    subject = tuner.subject("matmul_w4a16")
+    case = small(1, 64, 256, "w4a16-g64", FP16)
+    subject = replace(subject, cases=SimpleNamespace(CASES=(replace(case, small=False),), inputs=subject.cases.inputs))
+    (outcome,) = tuner.run(tuner.problems([subject]), Machine(), tmp_path)
+    assert outcome.status == "tuned" and outcome.entry is not None
+    assert Machine.timed[0] >= 5 and Machine.timed[1] == 3 + tuner.FINALISTS, "the heuristic twice, and torch's bf16"
+    table = tuning.load(tmp_path / "x" / "tuned.json", "3.9.0")
+    assert table == {}, "what was written lies where it was asked for and nowhere else"
+    (entry,) = tuning.read(tmp_path / "matmul_w4a16.json")
+    assert subject.gpu.Config(**entry["config"]) in subject.gpu.candidates(subject.shape(case), H200)
 
 
 def test_a_split_leaves_int8_bits_alone() -> None:

@@ -20,7 +20,7 @@ import pytest
 from percard.kernels import device
 
 OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
-SUITE = Path(__file__).with_name("test_conformance.py")
+SUITES = [Path(__file__).with_name(name) for name in ("test_conformance.py", "test_batch_invariant.py")]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ElementTr
         sys.executable,
         "-m",
         "pytest",
-        str(SUITE),
+        *map(str, SUITES),
         "-k",
         "triton",
         "-p",
@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ElementTr
         f"--junitxml={report}",
     ]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=SUITE.parents[2], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, cwd=SUITES[0].parents[2], capture_output=True, text=True, timeout=600)
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     yield list(ElementTree.parse(report).getroot().iter("testcase"))
 
