@@ -132,18 +132,18 @@ def dequantize_planes16_w8_kernel(
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
     """Way A, and K split until the card is full, up to 64 tokens; way C on square tiles above, way D from 1024 on (bf16)."""
     m, n = shape.m, shape.n
-    blackwell = card.sm >= 100
     if m > 64:
         scale_weight = shape.dtype == torch.bfloat16
         if scale_weight and m >= 1024:  # 1 / (1 + 230 / M) of bf16's rate on an H200, computed: 0.82 at 1024
             return Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
-        square = scale_weight and not blackwell
+        square = scale_weight and card.sm == 90  # 128 x 128 spills on sm_89
         return Config(128, 128 if square else 64, 1, 1, scale_weight, 8, 8, 3)
     # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
     block_m = 32 if m == 64 and n < 64 * card.sms else max(m, 16)
     tiles = -(-n // 128) * -(-m // block_m)
     split = tuning.split_k(tiles, -(-shape.k // 128), shape, card)
-    return Config(128, block_m, 1, split, False, 8, 4 if block_m <= 32 else 8, 4)
+    few = block_m <= 32
+    return Config(128, block_m, 1, split, False, 8, 4 if few else 8, 4 if few else 3)
 
 
 def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
