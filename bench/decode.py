@@ -143,7 +143,7 @@ def _row(
     per_call = batch * (tokens if phase == "prefill" else 1)
     rate = per_call / sample.median
     kind = "tok_s_in" if phase == "prefill" else "tok_s"
-    moved = model.step_bytes + batch * tokens * model.kv_bytes_per_token if phase == "decode" else None
+    moved = model.step_bytes(batch) + batch * tokens * model.kv_bytes_per_token if phase == "decode" else None
     share = 100 * moved / sample.median / (roof["copy_gbs"] * 1e9) if moved and roof.get("copy_gbs") else None
     dtype = str(model.dtype).removeprefix("torch.")
     on_card = model.device.type == "cuda"
@@ -169,7 +169,7 @@ def _row(
             "impl": model.kernel,
             "dtype": dtype,
             "baseline_dtype": str(sides["baseline"].dtype).removeprefix("torch."),
-            "same_fusions": True,
+            "same_fusions": model.same_fusions,
             "attention_body": "torch scaled_dot_product_attention",
         },
         "clock": {

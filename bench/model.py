@@ -393,7 +393,7 @@ def _record(
             "dtype": FLOATS[model.dtype],
             "baseline_dtype": baseline,
             "baseline_probe": probes[BASELINE].words(phase),
-            "same_fusions": True,
+            "same_fusions": model.same_fusions,
             "attention_body": "torch scaled_dot_product_attention",
         },
         clock=shared["clock"] | {"drift": bool(sample and sample.drift)},
@@ -411,6 +411,6 @@ def _roofline(
 ) -> dict[str, Any]:
     """Bytes that one decode step reads at least, and its share of the read rate measured here."""
     depth = plan.prompt + plan.new / 2
-    moved = model.step_bytes + plan.batch * depth * model.kv_bytes_per_token
+    moved = model.step_bytes(plan.batch) + plan.batch * depth * model.kv_bytes_per_token
     roof = shared["cpu"].get("read_gbs") or shared["card"]["roof"]["copy_gbs"]
     return {"bytes": int(moved), "bound": "mem", "pct_of_roof": 100 * moved / sample.median / (roof * 1e9)}

@@ -37,7 +37,11 @@ from ..kernels.matmul_w8a16 import matmul_w8a16
 from ..kernels.op import Cost, Op, native_isa
 from ..kernels.quantize_rows import cases as quantize_rows_cases
 from ..kernels.quantize_rows import quantize_rows
+from ..kernels.rmsnorm_quantize import cases as rmsnorm_quantize_cases
+from ..kernels.rmsnorm_quantize import rmsnorm_quantize
 from ..kernels.shapes import LAYERS, Case, activations, generator, weight
+from ..kernels.silu_mul_quantize import cases as silu_mul_quantize_cases
+from ..kernels.silu_mul_quantize import silu_mul_quantize
 from . import board, card, clock, record, rivals
 from . import roof as roof_module
 from .record import Record
@@ -47,6 +51,8 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
     op.name: (op, cases)
     for op, cases in (
         (quantize_rows, quantize_rows_cases),
+        (rmsnorm_quantize, rmsnorm_quantize_cases),
+        (silu_mul_quantize, silu_mul_quantize_cases),
         (matmul_w8a8, w8a8_cases),
         (matmul_w4a16, w4a16_cases),
         (matmul_w8a16, w8a16_cases),
@@ -55,7 +61,7 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
 }
 _KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 _SHARED_SOURCES = (
-    "op.py", "tiles.py", "tuning.py", "weight.py", "weight_only.py", "weight_only_plan.py", "linear.py", "device.py",
+    "op.py", "rows.py", "tiles.py", "tuning.py", "weight.py", "weight_only.py", "weight_only_plan.py", "linear.py", "device.py",
 )  # fmt: skip
 _MOST_COPIES, _MOST_CPU_BYTES = 256, 1 << 28
 WORTH = (1, 16, 256, 64, 4, 1024, 4096)  # tokens in the order in which their figures decide something

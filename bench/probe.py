@@ -105,15 +105,15 @@ def _one(
     cache.rewind(prompt)
 
     def prefill() -> None:
-        block(x.clone(), weights, config, 0, cos[:prompt], sin[:prompt], causal, functools.partial(linear, impl=impl))
+        matmul = functools.partial(linear, impl=impl)
+        block(x.clone(), None, weights, config, 0, cos[:prompt], sin[:prompt], causal, matmul, impl)
 
     def decode(matmul: Callable[..., torch.Tensor]) -> None:
-        token = x[:, -1:].clone()
+        token, add = x[:, -1:].clone(), None
+        by = functools.partial(matmul, impl=impl)
         for layer in layers:
             attend = step_into(cache, device)
-            token = block(
-                token, layer, config, 0, cos[prompt:], sin[prompt:], attend, functools.partial(matmul, impl=impl)
-            )
+            token, add = block(token, add, layer, config, 0, cos[prompt:], sin[prompt:], attend, by, impl)
 
     found = {"prefill": _best(prefill, device, now)}
     found["decode"] = _best(lambda: decode(linear), device, now) / copies

@@ -35,6 +35,7 @@ from .matmul_w8a16 import matmul_w8a16
 from .moe_matmul import moe_matmul
 from .op import Op, Unsupported
 from .quantize_rows import quantize_rows
+from .rows import Rows
 
 # (bits of a weight, bits of an activation) -> the ops of a linear, in order; the last one reads the weight.
 ROUTES: dict[tuple[int, int], tuple[Op, ...]] = {
@@ -83,14 +84,42 @@ def linear(
     if x.shape[-1] != k:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected [..., {k}] for a weight [{n}, {k}]")
     rows = x if x.ndim == 2 else x.reshape(-1, k)
-    by_m = impl is None and not batch_invariant and (w.spec.weight_bits, w.spec.act_bits) in ALSO
-    # A graph that torch compiles holds for many M: it takes the spec's own route.
-    ops = _ops_at(rows, w) if by_m and not torch.compiler.is_compiling() else ops_of(w.spec)
+    ops = _ops_for(rows, w, impl, batch_invariant)
     given: tuple[Any, ...] = (rows,)
     for op in ops[:-1]:
         given = op(*given, impl=impl)
     y = ops[-1](*_arguments(ops[-1], given, w, bias, x.dtype, batch_invariant), impl=impl)
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], n)
+
+
+def quantizes(rows: torch.Tensor, w: torch.Tensor | QuantTensor, *, impl: str | None = None) -> bool:
+    """Whether `linear` begins with quantize_rows for so many rows of this type, so that a fused producer may do it instead."""
+    return isinstance(w, QuantTensor) and _ops_for(rows, w, impl, False)[0] is quantize_rows
+
+
+def linear_quantized(
+    rows: Rows,
+    w: QuantTensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """`linear` of rows that a producer made int8 already: (q [M, K], scale [M], row_sum [M]) -> [M, N] in `dtype`.
+
+    Producers are quantize_rows, rmsnorm_quantize and silu_mul_quantize. Unsupported for a spec of 16-bit activations.
+    """
+    op = ops_of(w.spec)[-1]
+    if op not in (matmul_w8a8, matmul_w4a8):
+        raise Unsupported(f"linear: {w.spec} multiplies rows as they are, these are int8; call linear with the rows")
+    return op(*_arguments(op, rows, w, bias, dtype), impl=impl)
+
+
+def _ops_for(rows: torch.Tensor, w: QuantTensor, impl: str | None, batch_invariant: bool) -> tuple[Op, ...]:
+    """The ops of one call."""
+    by_m = impl is None and not batch_invariant and (w.spec.weight_bits, w.spec.act_bits) in ALSO
+    # A graph that torch compiles holds for many M: it takes the spec's own route.
+    return _ops_at(rows, w) if by_m and not torch.compiler.is_compiling() else ops_of(w.spec)
 
 
 def _arguments(

@@ -28,7 +28,15 @@ MAY_IMPORT = {
 SERVING = {"torch", "triton", "numpy", "safetensors"}
 HOSTS = {"vllm", "sglang", "transformers"}
 SEVERAL_OPS = ("kernels/linear.py", "bench/ops.py", "bench/engine/", "src/percard/integrations/")
-FULL_OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
+FULL_OPS = (
+    "quantize_rows",
+    "rmsnorm_quantize",
+    "silu_mul_quantize",
+    "matmul_w8a8",
+    "matmul_w4a16",
+    "matmul_w8a16",
+    "matmul_w4a8",
+)
 OFFLINE_OPS = ("search_scale",)  # no Triton body
 EVERY_OP_HAS = ("__init__.py", "contract.py", "reference.py", "cases.py", "README.md", "cpu.cpp")
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "errors", "exceptions", "misc"}

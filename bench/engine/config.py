@@ -1,13 +1,13 @@
 """Config: what a decoder is made of, read from a Hugging Face config.json without transformers.
 
-Known architectures: Llama, Qwen2 and Qwen2.5 (bias on Q, K and V), Qwen3 (RMSNorm on each query and key head).
+Known architectures: Llama, Qwen2 and Qwen2.5 (bias on Q, K and V), Qwen3 (RMSNorm on each query and key head), Qwen3-MoE.
 Anything that this engine would run wrongly is refused with the list of what it knows, never guessed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from ...formats.spec import FormatError
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SHAPES = Path(__file__).resolve().parents[1] / "shapes"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,8 +45,23 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture: `count` experts of `ffn` features, `per_token` of them for each token.
+
+    `normalized`: the weights of a token's experts sum to 1. Every `step`th block holds experts, but for those in `dense`.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    normalized: bool
+    step: int = 1
+    dense: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Config:
-    """Sizes of a dense decoder. `hidden`, `ffn`, `head_dim` are features, `context` tokens, `norm_eps` of RMSNorm.
+    """Sizes of a decoder; `experts` None = all blocks are dense. `hidden`, `ffn`, `head_dim` are features, `context` tokens, `norm_eps` of RMSNorm.
 
     `qkv_bias`, `o_bias`, `mlp_bias` say which linears have a bias; `qk_norm` whether each query and key head is
     normalised; `tied` whether the head is the embedding; `eos` the ids that end a text.
@@ -71,6 +86,7 @@ class Config:
     rope: Rope
     dtype: torch.dtype
     eos: tuple[int, ...] = ()
+    experts: Experts | None = None
 
     @property
     def q_size(self) -> int:
@@ -82,22 +98,39 @@ class Config:
         """Features of all key (or value) heads."""
         return self.kv_heads * self.head_dim
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one block by their name on disk, with (out, in) features."""
-        attention, mlp = "self_attn.", "mlp."
-        return {
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a block holds experts instead of one MLP."""
+        e = self.experts
+        return e is not None and layer not in e.dense and (layer + 1) % e.step == 0
+
+    def linears(self, layer: int = 0) -> dict[str, tuple[int, int]]:
+        """Linear layers of one block by their name on disk, with (out, in) features; a router is none."""
+        attention = "self_attn."
+        found = {
             f"{attention}q_proj": (self.q_size, self.hidden),
             f"{attention}k_proj": (self.kv_size, self.hidden),
             f"{attention}v_proj": (self.kv_size, self.hidden),
             f"{attention}o_proj": (self.hidden, self.q_size),
-            f"{mlp}gate_proj": (self.ffn, self.hidden),
-            f"{mlp}up_proj": (self.ffn, self.hidden),
-            f"{mlp}down_proj": (self.hidden, self.ffn),
         }
+        mlps, ffn = ["mlp."], self.ffn
+        if self.experts is not None and self.is_sparse(layer):
+            mlps, ffn = [f"mlp.experts.{e}." for e in range(self.experts.count)], self.experts.ffn
+        for mlp in mlps:
+            found |= {f"{mlp}{name}_proj": (ffn, self.hidden) for name in ("gate", "up")}
+            found[f"{mlp}down_proj"] = (self.hidden, ffn)
+        return found
 
     def block_parameters(self) -> int:
-        """Weights in the linears of one block."""
-        return sum(n * k for n, k in self.linears().values())
+        """Weights in the linears of one block, of the average one when blocks differ."""
+        kinds = [layer for layer in range(self.layers) if not self.is_sparse(layer)]
+        sparse = self.layers - len(kinds)
+        totals = 0
+        if kinds:
+            totals += len(kinds) * sum(n * k for n, k in self.linears(kinds[0]).values())
+        if sparse:
+            first = next(layer for layer in range(self.layers) if self.is_sparse(layer))
+            totals += sparse * sum(n * k for n, k in self.linears(first).values())
+        return totals // self.layers
 
 
 def shape_names() -> list[str]:
@@ -178,11 +211,27 @@ def parse_config(raw: Mapping[str, Any], name: str, where: str = "config.json") 
         qkv_bias=kind == "qwen2" or bias,
         o_bias=kind != "qwen2" and bias,
         mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
         rope=_rope(raw, where, context),
         dtype=_DTYPES[dtype],
         eos=_ids(raw.get("eos_token_id")),
+        experts=_experts(raw, where, size) if kind == "qwen3_moe" else None,
     )
+
+
+def _experts(raw: Mapping[str, Any], where: str, size: Callable[[str], int]) -> Experts:
+    """The keys of Qwen3-MoE; transformers 5 writes num_experts as num_local_experts."""
+    count = size("num_local_experts" if raw.get("num_experts") is None else "num_experts")
+    per_token, dense = size("num_experts_per_tok"), raw.get("mlp_only_layers") or []
+    if per_token > count:
+        raise FormatError(
+            f"{where}: num_experts_per_tok is {per_token}, expected at most {count}, as there are experts"
+        )
+    if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
+        raise FormatError(f"{where}: mlp_only_layers is {dense!r}, expected a list of layer numbers")
+    step = 1 if raw.get("decoder_sparse_step") is None else size("decoder_sparse_step")
+    normalized = bool(raw.get("norm_topk_prob", False))
+    return Experts(count, per_token, size("moe_intermediate_size"), normalized, step, tuple(dense))
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -15,8 +15,13 @@ import torch.nn.functional as F
 
 from ...formats.spec import QuantSpec
 from ...formats.tensor import QuantTensor
-from ...kernels.linear import linear, ops_of
+from ...kernels.linear import linear, linear_quantized, ops_of, quantizes
+from ...kernels.moe_matmul import moe_matmul
 from ...kernels.op import native_isa
+from ...kernels.quantize_rows import quantize_rows
+from ...kernels.rmsnorm_quantize import rmsnorm_quantize
+from ...kernels.silu_mul_quantize import silu_mul_quantize
+from . import experts
 from . import weights as weights_module
 from .cache import Cache
 from .config import Config
@@ -48,6 +53,7 @@ def one_row_linear(
 
 def block(
     x: torch.Tensor,
+    add: torch.Tensor | None,
     b: Block,
     config: Config,
     layer: int,
@@ -55,23 +61,64 @@ def block(
     sin: torch.Tensor,
     attend: Attend,
     matmul: Matmul = linear,
-) -> torch.Tensor:
-    """One decoder block, x [B, T, hidden] -> the same shape (x itself, changed in place)."""
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One decoder block: x + add [B, T, hidden] (`add` None: x) to the same kind of pair. x may change in place.
+
+    The sum is left to the norm that comes next: where a weight takes int8 rows, norm, sum and quantisation are one op.
+    """
     batch, new, _ = x.shape
     qk_heads, eps = config.heads + config.kv_heads, config.norm_eps
-    qkv = matmul(F.rms_norm(x, (config.hidden,), b.input_norm, eps), b.qkv, b.qkv_bias)
+    x, qkv = _norm_matmul(x, add, b.input_norm, eps, b.qkv, b.qkv_bias, matmul, impl)
     qkv = qkv.view(batch, new, qk_heads + config.kv_heads, config.head_dim)
     qk, v = qkv[:, :, :qk_heads], qkv[:, :, qk_heads:]
     if b.qk_norm is not None:
         qk = F.rms_norm(qk, (config.head_dim,), None, eps) * b.qk_norm
     qk = rotate(qk, cos, sin)
     mixed = attend(qk[:, :, : config.heads], qk[:, :, config.heads :], v, layer)
-    x += matmul(mixed, b.o, b.o_bias)
+    add = matmul(mixed, b.o, b.o_bias)
 
-    gate_up = matmul(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.gate_up, b.gate_up_bias)
-    gate, up = gate_up[..., : config.ffn], gate_up[..., config.ffn :]
-    x += matmul(F.silu(gate).mul_(up), b.down, b.down_bias)
-    return x
+    if b.moe is not None:  # the router reads the normed rows as they are, so there is nothing to fuse
+        x += add
+        return x, experts.run(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.moe, matmul, impl)
+    x, gate_up = _norm_matmul(x, add, b.post_norm, eps, b.gate_up, b.gate_up_bias, matmul, impl)
+    return x, _swiglu_matmul(gate_up, b.down, b.down_bias, matmul, impl)
+
+
+def _norm_matmul(
+    x: torch.Tensor,
+    add: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    w: Weight | None,
+    bias: torch.Tensor | None,
+    matmul: Matmul,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + add, the normed sum times w), x [B, T, hidden]."""
+    rows = x.view(-1, x.shape[-1])
+    if isinstance(w, QuantTensor) and quantizes(rows, w, impl=impl):
+        if add is None:
+            *made, _ = rmsnorm_quantize(rows, norm, eps, impl=impl)
+        else:
+            *made, rows = rmsnorm_quantize(add.view(-1, x.shape[-1]), norm, eps, rows, impl=impl)
+        y = linear_quantized(tuple(made), w, bias, x.dtype, impl=impl)
+        return rows.view(x.shape), y.view(*x.shape[:-1], -1)
+    if add is not None:
+        x += add
+    return x, matmul(F.rms_norm(x, norm.shape, norm, eps), w, bias)
+
+
+def _swiglu_matmul(
+    gate_up: torch.Tensor, w: Weight | None, bias: torch.Tensor | None, matmul: Matmul, impl: str | None
+) -> torch.Tensor:
+    """silu(gate) * up times w, gate_up [B, T, 2 ffn] -> [B, T, hidden]."""
+    ffn = gate_up.shape[-1] // 2
+    rows = gate_up.view(-1, 2 * ffn)
+    if isinstance(w, QuantTensor) and quantizes(rows, w, impl=impl):
+        y = linear_quantized(silu_mul_quantize(rows, impl=impl), w, bias, gate_up.dtype, impl=impl)
+        return y.view(*gate_up.shape[:-1], -1)
+    return matmul(F.silu(gate_up[..., :ffn]).mul_(gate_up[..., ffn:]), w, bias)
 
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
@@ -165,12 +212,18 @@ class Model:
         """Bytes of all weights, the embedding and the head included."""
         return self.weights.nbytes
 
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of weights that one decode step reads at least: blocks and head, not the embedding table."""
+    def step_bytes(self, batch: int) -> int:
+        """Bytes of weights that one decode step reads at least: blocks and head, not the embedding table.
+
+        Of a mixture's experts those that `batch` tokens are expected to meet when each takes any with equal chance.
+        """
         table = self.weights.embedding
         tied = self.weights.head is table
-        return self.nbytes - (0 if tied else table.numel() * table.element_size())
+        found = self.nbytes - (0 if tied else table.numel() * table.element_size())
+        if self.config.experts is not None:
+            idle = (1 - self.config.experts.per_token / self.config.experts.count) ** batch
+            found -= int(idle * sum(b.moe.nbytes for b in self.weights.blocks if b.moe is not None))
+        return found
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -184,14 +237,24 @@ class Model:
 
     @property
     def kernel(self) -> str:
-        """The ops that serve the linears and the body of each: "quantize_rows.cpu + matmul_w8a8.cpu", or "torch".
+        """The ops that serve the blocks and the body of each: "quantize_rows.cpu + matmul_w8a8.cpu", or "torch".
 
         "torch mv" when single rows take torch.mv.
         """
-        held = self.weights.blocks[0].qkv
-        if not isinstance(held, QuantTensor):
+        first = self.weights.blocks[0]
+        ops = list(ops_of(first.qkv.spec)) if isinstance(first.qkv, QuantTensor) else []
+        if ops and ops[0] is quantize_rows:
+            ops = [rmsnorm_quantize, *ops] if first.moe is not None else [rmsnorm_quantize, silu_mul_quantize, *ops]
+        if first.moe is not None and first.moe.quantised:
+            ops.append(moe_matmul)
+        if not ops:
             return "torch" + (" mv" if self.mv else "") + (", dequantised" if self.spec else "")
-        return " + ".join(f"{op.name}.{op.body_on(self.device.type, self.impl).name}" for op in ops_of(held.spec))
+        return " + ".join(f"{op.name}.{op.body_on(self.device.type, self.impl).name}" for op in ops)
+
+    @property
+    def same_fusions(self) -> bool:
+        """False when this side fuses what the 16-bit side does in several steps: sums, norms and SiLU with quantisation."""
+        return not any(name in self.kernel for name in ("rmsnorm_quantize", "moe_matmul"))
 
     @property
     def isa(self) -> str | None:
@@ -320,6 +383,8 @@ class Model:
             at = torch.tensor(position, device=self.device)
             cos, sin = self.cos[at, None], self.sin[at, None]  # [B, 1, 1, D]
         x = F.embedding(ids.to(self.device), self.weights.embedding)
+        add = None
         for layer, weights in enumerate(self.weights.blocks):
-            x = block(x, weights, self.config, layer, cos, sin, attend, self.matmul)
+            x, add = block(x, add, weights, self.config, layer, cos, sin, attend, self.matmul, self.impl)
+        x = x if add is None else x.add_(add)
         return F.rms_norm(x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)

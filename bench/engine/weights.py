@@ -7,6 +7,7 @@ are built block by block: while quantising, one block exists in 16 bits.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,20 @@ from typing import Any, Protocol
 
 import torch
 
-from ...formats import affine, compressed_tensors
+from ...formats import affine, compressed_tensors, layout
 from ...formats.checkpoint import Checkpoint
 from ...formats.spec import FormatError, QuantSpec
-from ...formats.tensor import QuantTensor
-from ...kernels.linear import ops_of, prepare
+from ...formats.tensor import ExpertsTensor, QuantTensor
+from ...kernels.linear import ops_of, prepare, prepare_experts
 from ...kernels.op import Unsupported
 from .config import Config
+from .experts import Moe
 
 Weight = torch.Tensor | QuantTensor
+EXPERT_BITS = ((4, 16), (8, 8))  # weights and activations that moe_matmul serves
 INT8_ROW = QuantSpec(8, 8)  # how a head="int8-row" is held: int8, one scale per row, served like any w8a8 weight
-_FUSED = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",)}
-_FUSED |= {"gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
+_ATTENTION = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",)}
+_FUSED = _ATTENTION | {"gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Block:
     """One decoder block. Linears [N, K] (tensor or packed QuantTensor) with bias [N] or None; norms [hidden].
 
     `qk_norm` is [heads + kv_heads, head_dim]: the query norm repeated per query head, then the key norm, so that one
-    call scales both.
+    call scales both. A block has either gate_up and down, or `moe`.
     """
 
     input_norm: torch.Tensor
@@ -44,10 +47,11 @@ class Block:
     o: Weight
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: Weight
-    gate_up_bias: torch.Tensor | None
-    down: Weight
-    down_bias: torch.Tensor | None
+    gate_up: Weight | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down: Weight | None = None
+    down_bias: torch.Tensor | None = None
+    moe: Moe | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,11 @@ class Weights:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor once, in no promised order; a tied head is the embedding and comes once."""
         seen: set[int] = set()
-        values: list[Weight | None] = [self.embedding, self.norm, self.head]
+        values: list[Any] = [self.embedding, self.norm, self.head]
         values += [value for block in self.blocks for value in vars(block).values()]
         for value in values:
-            parts = (value.data, value.scale, value.zero) if isinstance(value, QuantTensor) else (value,)
-            for part in parts:
-                if part is not None and part.data_ptr() not in seen:
+            for part in _parts(value):
+                if part.data_ptr() not in seen:
                     seen.add(part.data_ptr())
                     yield part
 
@@ -80,6 +83,17 @@ class Weights:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def _parts(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of one field of a Block."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, QuantTensor | ExpertsTensor):
+        yield from (part for part in (value.data, value.scale, value.zero) if part is not None)
+    elif isinstance(value, Moe):
+        for inner in (value.router, value.w13, value.w2):
+            yield from _parts(inner)
 
 
 class Source(Protocol):
@@ -171,7 +185,7 @@ class SyntheticSource:
         if self.spec is None or module == "lm_head":
             return weight
         quantised = affine.quantize(weight, self.spec, affine.scale_dtype_of(self.spec, self.dtype))
-        if module.startswith("model.layers.0."):
+        if module.startswith("model.layers.0.") and (".experts." not in module or ".experts.0." in module):
             exact = weight.float()
             noise = exact - affine.dequantize(quantised, torch.float32)
             self.errors.append(10 * math.log10(float(exact.square().sum() / noise.square().sum().clamp_min(1e-30))))
@@ -191,7 +205,7 @@ def build(
     notes: dict[str, None] = {}  # an ordered set: every block says the same
     blocks = []
     for index in range(config.layers):
-        blocks.append(_block(config, source, f"model.layers.{index}.", dtype, device, impl, notes))
+        blocks.append(_block(config, source, index, dtype, device, impl, notes))
         if progress is not None:
             progress(index + 1, config.layers)
     embedding = source.tensor("model.embed_tokens.weight", (config.vocab, config.hidden))
@@ -207,16 +221,18 @@ def one_block(
     config: Config, source: Source, *, dtype: torch.dtype, device: torch.device, impl: str | None = None
 ) -> Block:
     """The first block alone, ready to run: for probes that need no whole model."""
-    return _block(config, source, "model.layers.0.", dtype, device, impl, {})
+    return _block(config, source, 0, dtype, device, impl, {})
 
 
 def copied(block: Block) -> Block:
     """The same block in memory of its own."""
 
     def one(value: Any) -> Any:
-        if isinstance(value, QuantTensor):
+        if isinstance(value, QuantTensor | ExpertsTensor):
             zero = None if value.zero is None else value.zero.clone()
             return replace(value, data=value.data.clone(), scale=value.scale.clone(), zero=zero)
+        if isinstance(value, Moe):
+            return replace(value, router=one(value.router), w13=one(value.w13), w2=one(value.w2))
         return None if value is None else value.clone()
 
     return Block(**{name: one(value) for name, value in vars(block).items()})
@@ -226,6 +242,8 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The same weights with every 16-bit or fp32 tensor in `dtype`; quantised ones are shared, a tied head stays tied."""
 
     def one(value: Any) -> Any:
+        if isinstance(value, Moe):
+            return replace(value, router=one(value.router), w13=one(value.w13), w2=one(value.w2))
         return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
     embedding = weights.embedding.to(dtype)
@@ -253,17 +271,17 @@ def int8_head(weights: Weights, config: Config, dtype: torch.dtype, impl: str | 
 def _block(
     config: Config,
     source: Source,
-    prefix: str,
+    index: int,
     dtype: torch.dtype,
     device: torch.device,
     impl: str | None,
     notes: dict[str, None],
 ) -> Block:
-    shapes = config.linears()
+    prefix, shapes = f"model.layers.{index}.", config.linears(index)
     has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     linears: dict[str, Weight] = {}
     biases: dict[str, torch.Tensor | None] = {}
-    for name, members in _FUSED.items():
+    for name, members in (_ATTENTION if config.is_sparse(index) else _FUSED).items():
         parts = [source.linear(prefix + member, shapes[member]) for member in members]
         linears[name] = _ready(join(parts, dtype, notes), dtype, device, impl, notes)
         biases[name] = None
@@ -284,11 +302,80 @@ def _block(
         o=linears["o"],
         o_bias=biases["o"],
         post_norm=source.tensor(f"{prefix}post_attention_layernorm.weight", (config.hidden,)),
-        gate_up=linears["gate_up"],
-        gate_up_bias=biases["gate_up"],
-        down=linears["down"],
-        down_bias=biases["down"],
+        gate_up=linears.get("gate_up"),
+        gate_up_bias=biases.get("gate_up"),
+        down=linears.get("down"),
+        down_bias=biases.get("down"),
+        moe=_moe(config, source, f"{prefix}mlp.", shapes, dtype, device, impl, notes)
+        if config.is_sparse(index)
+        else None,
     )
+
+
+def _moe(
+    config: Config,
+    source: Source,
+    prefix: str,
+    shapes: dict[str, tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    impl: str | None,
+    notes: dict[str, None],
+) -> Moe:
+    """The experts of one block, read one by one and stacked."""
+    assert config.experts is not None
+    count = config.experts.count
+
+    def members(*names: str) -> Iterator[Weight]:
+        for e in range(count):
+            modules = [f"experts.{e}.{name}_proj" for name in names]
+            yield join([source.linear(prefix + m, shapes[f"mlp.{m}"]) for m in modules], dtype, notes)
+
+    def stacked(*names: str) -> torch.Tensor | ExpertsTensor:
+        found = members(*names)
+        first = next(found)
+        if isinstance(first, QuantTensor):
+            every = itertools.chain([first], (_of_spec(w, first.spec, prefix) for w in found))
+            return _ready_experts(layout.stack_experts(every, count), dtype, device, impl, notes)
+        stack = first.new_empty((count, *first.shape))
+        stack[0] = first
+        for e, weight in enumerate(found, 1):
+            stack[e] = affine.dequantize(weight, dtype) if isinstance(weight, QuantTensor) else weight
+        return stack
+
+    router = source.tensor(f"{prefix}gate.weight", (count, config.hidden))
+    w13, w2 = stacked("gate", "up"), stacked("down")
+    if isinstance(w13, ExpertsTensor) and isinstance(w2, ExpertsTensor) and w13.spec.act_bits == w2.spec.act_bits:
+        return Moe(router, w13, w2, config.experts.per_token, config.experts.normalized)
+    w13, w2 = (_dequantised(w, dtype) if isinstance(w, ExpertsTensor) else w for w in (w13, w2))
+    return Moe(router, w13, w2, config.experts.per_token, config.experts.normalized)
+
+
+def _of_spec(weight: Weight, spec: QuantSpec, where: str) -> QuantTensor:
+    """`weight` if it is quantised as the first expert of its layer is; FormatError otherwise."""
+    if not isinstance(weight, QuantTensor) or weight.spec != spec:
+        found = weight.spec if isinstance(weight, QuantTensor) else "16-bit"
+        raise FormatError(f"{where}experts: the first is {spec}, another {found}; all experts of a layer have one spec")
+    return weight
+
+
+def _dequantised(experts: ExpertsTensor, dtype: torch.dtype) -> torch.Tensor:
+    """[E, N, K] in `dtype`, expert by expert."""
+    out = torch.empty(experts.shape, dtype=dtype, device=experts.data.device)
+    for e in range(experts.shape[0]):
+        out[e] = affine.dequantize(layout.repack(experts.expert(e), "plain"), dtype)
+    return out
+
+
+def _ready_experts(
+    experts: ExpertsTensor, dtype: torch.dtype, device: torch.device, impl: str | None, notes: dict[str, None]
+) -> torch.Tensor | ExpertsTensor:
+    """Quantised experts packed for their body, or dequantised with a note when no kernel serves their spec."""
+    if experts.spec.float_format is None and (experts.spec.weight_bits, experts.spec.act_bits) in EXPERT_BITS:
+        return prepare_experts(experts, device, impl)
+    words = f"experts in {experts.spec}: dequantised to {str(dtype).removeprefix('torch.')} at load"
+    notes.setdefault(f"{words} (moe_matmul serves w4a16 and w8a8)")
+    return _dequantised(experts, dtype)
 
 
 def join(parts: Sequence[Weight], dtype: torch.dtype, notes: dict[str, None]) -> Weight:

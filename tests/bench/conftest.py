@@ -61,6 +61,17 @@ KINDS: dict[str, dict] = {
         "head_dim": 32,
         "tie_word_embeddings": True,
     },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 32,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "qwen3-untied": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
 }
 
@@ -87,9 +98,13 @@ def tensors_of(config: Config, seed: int = 0) -> dict[str, torch.Tensor]:
     has_bias |= dict.fromkeys(("gate", "up", "down"), config.mlp_bias)
     for layer in range(config.layers):
         start = f"model.layers.{layer}."
-        for module, (n, k) in config.linears().items():
+        if config.experts is not None and config.is_sparse(layer):  # logits a few units wide: experts differ in weight
+            found[f"{start}mlp.gate.weight"] = normal(
+                config.experts.count, config.hidden, std=2 / math.sqrt(config.hidden)
+            )
+        for module, (n, k) in config.linears(layer).items():
             found[f"{start}{module}.weight"] = normal(n, k, std=1 / math.sqrt(k))
-            kind = module.split(".")[1].removesuffix("_proj")
+            kind = module.rpartition(".")[2].removesuffix("_proj")
             if has_bias[kind]:
                 # trained Qwen2.5 models have a key bias of tens of units
                 found[f"{start}{module}.bias"] = normal(n, std=8.0 if kind == "k" else 0.5)

@@ -70,7 +70,9 @@ def test_synthetic_weights_both_phases_both_heads(shape, tmp_path):
     assert len({record.cell_key for record in records}) == len(records)
     found = by_case(records)
     quantised = found["w8a8", "int8-row", False]
-    assert quantised.body["impl"] == "quantize_rows.cpu + matmul_w8a8.cpu" and quantised.quality["sqnr_db"] > 30
+    fused = "rmsnorm_quantize.cpu + silu_mul_quantize.cpu + quantize_rows.cpu + matmul_w8a8.cpu"
+    assert quantised.body["impl"] == fused and not quantised.body["same_fusions"]
+    assert quantised.quality["sqnr_db"] > 30
     assert quantised.memory["weights"] > found["w8a8", "16bit", False].memory["weights"]  # tied: a copy is added
     assert any("probing" in line for line in words) and any("timing" in line for line in words)
 
