@@ -1,0 +1,453 @@
+"""moe_matmul: every body against the reference, and the reference against token after token; routes, bits, refusals.
+
+Triton's body runs on a card (gpu), or in Triton's interpreter, in a process of its own that this file starts. By hand:
+TRITON_INTERPRET=1 pytest tests/kernels/test_moe_matmul.py -k triton
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from percard.formats import affine, layout
+from percard.formats.spec import FormatError, QuantSpec
+from percard.kernels import device, linear, op
+from percard.kernels.conformance import answer, faults, packed, poisoned_memory
+from percard.kernels.moe_matmul import cases, moe_matmul
+from percard.kernels.moe_matmul.cases import ExpertsCase, small
+from percard.kernels.op import Unsupported
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+CONTRACT = moe_matmul.contract
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Body(NamedTuple):
+    """A body that is here: where it runs, and with which instruction set (None: not the C++ one)."""
+
+    name: str
+    where: str
+    isa: str | None
+
+
+def bodies() -> list[Any]:
+    found = []
+    if moe_matmul.body("cpu").absent("cpu") is None:
+        found = [pytest.param(Body("cpu", "cpu", isa), id=f"cpu-{isa}") for isa in op.native().isas()]
+    if device.has_card():
+        found.append(pytest.param(Body("triton", "cuda", None), id="triton", marks=pytest.mark.gpu))
+    elif INTERPRETED:
+        found.append(pytest.param(Body("triton", "cpu", None), id="triton"))
+    return found
+
+
+@pytest.fixture(params=bodies())
+def there(request: pytest.FixtureRequest) -> Iterator[Body]:
+    chosen: Body = request.param
+    if chosen.isa is None:
+        yield chosen
+        return
+    before = op.native().isa()
+    op.native().force_isa(chosen.isa)
+    yield chosen
+    op.native().force_isa(before)
+
+
+def unserved(there: Body, case: ExpertsCase) -> bool:
+    """Types that Triton's body does not take, and bf16, which its interpreter gets wrong (triton#11584)."""
+    a16 = case.spec != "w8a8"
+    return there.name == "triton" and ((a16 and case.dtype == FP32) or (there.where == "cpu" and case.dtype == BF16))
+
+
+def made(there: Body, m: int, up: bool, spec: str, seed: int, **changes: Any) -> tuple[Any, ...]:
+    """Random fp16 arguments: m tokens, 5 experts, top 3, a weight [70, 256]."""
+    sizes = {"n": 70, "k": 256, "experts": 5, "topk": 3, "routes": "slice"} | changes
+    case = small(m, sizes["n"], sizes["k"], spec, FP16, sizes["experts"], sizes["topk"], up, sizes["routes"])
+    return cases.inputs(case, seed, there.where)
+
+
+def test_small_cases(there: Body, seed: int, subtests: pytest.Subtests) -> None:
+    for case in cases.SMALL:
+        if not unserved(there, case):
+            with subtests.test(case.name):
+                assert faults(moe_matmul, there.name, cases.inputs(case, seed, there.where)) == [], f"seed {seed}"
+
+
+@pytest.mark.gpu
+def test_real_cases(seed: int, subtests: pytest.Subtests) -> None:
+    for case in cases.CASES:
+        if case.real and case.name.startswith("qwen3-30b") and case.m <= 1024:
+            with subtests.test(case.name):
+                assert faults(moe_matmul, "triton", cases.inputs(case, seed, "cuda")) == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("spec", ["w4a16-g64-asym", "w4a16", "w8a8"])
+def test_the_reference_is_what_the_formula_says(up: bool, spec: str, seed: int) -> None:
+    """Token after token, with dequantised weights: another way to the same numbers."""
+    args = made(Body("reference", "cpu", None), 7, up, spec, seed, k=192)
+    x, w, ids, weights, sx = (*args, None)[:5]
+    x = x.float() if sx is None else x.float() * sx[:, None]
+    got = moe_matmul(*args, impl="reference")
+    want = torch.zeros(got.shape)
+    for t, j in torch.cartesian_prod(torch.arange(7), torch.arange(3)).tolist():
+        if ids[t, j] < 0:
+            continue
+        weight = affine.dequantize(w.expert(int(ids[t, j])))
+        if up:
+            gate, other = (weight @ x[t]).chunk(2)
+            want[3 * t + j] = gate * torch.sigmoid(gate) * other
+        else:
+            want[t] += weights[t, j] * (weight @ x[3 * t + j])
+    assert torch.allclose(got.float(), want, rtol=2e-3, atol=2e-3 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("spec", ["w4a16-g128", "w8a8"])
+def test_the_order_of_tokens_does_not_change_their_bits(there: Body, up: bool, spec: str, seed: int) -> None:
+    for m, kind in ((2, "ties"), (9, "slice"), (40, "one")):
+        args = made(there, m, up, spec, seed, routes=kind)
+        order = torch.randperm(m, generator=torch.Generator().manual_seed(seed)).to(there.where)
+        pairs = (order[:, None] * 3 + torch.arange(3, device=there.where)).flatten()
+        rows = order if up else pairs
+        x, w, ids, weights, *rest = args
+        other = (x[rows], w, ids[order], None if up else weights[order])
+        if rest:
+            other = (*other, rest[0][rows], rest[1])
+        want, got = (answer(moe_matmul, there.name, a)[0] for a in (args, other))
+        assert torch.equal(got, want[pairs if up else order]), f"{m} tokens"
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("spec", ["w4a16-g64", "w8a8"])
+def test_a_token_alone_has_the_same_bits_as_in_a_batch(there: Body, up: bool, spec: str, seed: int) -> None:
+    """Always with int8; with batch_invariant for 16-bit rows. Triton's kernels sum in one order anyway."""
+    always = spec == "w8a8" or there.name == "triton"
+    x, w, ids, weights, *rest = made(there, 20, up, spec, seed, routes="ties")
+    rest = rest or [None, FP16]
+    for flag in (True, False) if always else (True,):
+        batch = answer(moe_matmul, there.name, (x, w, ids, weights, *rest, flag))[0]
+        for first, last in ((0, 1), (4, 9)):
+            cut = slice(first, last) if up else slice(3 * first, 3 * last)
+            sx = None if rest[0] is None else rest[0][cut]
+            part = (x[cut], w, ids[first:last], None if up else weights[first:last], sx, rest[1], flag)
+            outputs = slice(3 * first, 3 * last) if up else slice(first, last)
+            assert torch.equal(answer(moe_matmul, there.name, part)[0], batch[outputs])
+
+
+def test_the_same_bits_every_time(there: Body, seed: int) -> None:
+    for spec in ("w4a16-g64-asym", "w8a8"):
+        args = packed(moe_matmul, there.name, made(there, 17, False, spec, seed))
+        first = answer(moe_matmul, there.name, args)[0]
+        for _ in range(2 if there.name == "triton" and there.where == "cpu" else 20):
+            assert torch.equal(first, answer(moe_matmul, there.name, args)[0])
+
+
+@pytest.mark.parametrize("spec", ["w4a16-g128", "w8a8"])
+def test_a_token_that_is_not_finite_poisons_itself_only(there: Body, spec: str, seed: int) -> None:
+    for up in (True, False):
+        x, w, ids, weights, *rest = made(there, 6, up, spec, seed, routes="ties")
+        bad = 4 if up else 3 * 4 + 1  # token 4, or what its second expert was given
+        if rest:
+            sx = rest[0].clone()
+            sx[bad] = float("nan")
+            rest = [sx, rest[1]]
+        else:
+            x = x.clone()
+            x[bad, 131] = float("nan")
+        out = answer(moe_matmul, there.name, (x, w, ids, weights, *rest))[0]
+        finite = torch.isfinite(out).view(6, -1)
+        assert not finite[4].any() and finite[[0, 1, 2, 3, 5]].all()
+        assert faults(moe_matmul, there.name, (x, w, ids, weights, *rest)) == []
+
+
+@pytest.mark.parametrize("foreign", [-1, 5, 1 << 30])
+def test_an_expert_that_is_not_ours_adds_exactly_nothing(there: Body, foreign: int, seed: int) -> None:
+    """Not even NaN of its row or its weight."""
+    for m, spec in ((1, "w4a16-g128"), (9, "w4a16-g128"), (1, "w8a8"), (9, "w8a8")):
+        x, w, ids, weights, *rest = made(there, m, False, spec, seed, routes="ties")
+        options = (*(rest or [None, FP16]), True)  # fewer tokens of an expert must not change the bits of the others
+        without, foreigners = weights.clone(), ids.clone()
+        without[:, 1], foreigners[:, 1] = 0, foreign
+        want = answer(moe_matmul, there.name, (x, w, ids, without, *options))[0]
+        x, weights = x.clone(), weights.clone()
+        weights[:, 1] = float("nan")
+        if not rest:
+            x[1::3] = float("nan")
+        assert torch.equal(answer(moe_matmul, there.name, (x, w, foreigners, weights, *options))[0], want)
+        x, w, ids, _, *rest = made(there, m, True, spec, seed, routes="ties")
+        ids[0] = foreign
+        if rest:
+            rest[0][0] = float("nan")
+        out = answer(moe_matmul, there.name, (x, w, ids, None, *rest))[0]
+        assert (out[:3] == 0).all() and (m == 1 or (out[3:] != 0).any())
+
+
+def test_no_tokens_is_no_call(there: Body, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*flat: Any) -> None:
+        raise AssertionError("a body was called for no tokens")
+
+    monkeypatch.setitem(moe_matmul._runs, there.name, never)
+    for up, shape in ((True, (0, 35)), (False, (0, 70))):
+        for spec in ("w4a16-g128", "w8a8"):
+            got = answer(moe_matmul, there.name, made(there, 0, up, spec, 0))[0]
+            assert got.shape == shape and got.dtype == FP16
+
+
+def test_rows_that_are_not_contiguous(there: Body, seed: int) -> None:
+    for spec in ("w4a16-g128", "w8a8"):
+        x, w, ids, _, *rest = made(there, 5, True, spec, seed)
+        wide = torch.full((10, 300), 7, dtype=x.dtype, device=x.device)
+        wide[::2, 20:276] = x
+        want = answer(moe_matmul, there.name, (x, w, ids, None, *rest))[0]
+        for view in (wide[::2, 20:276], x.T.contiguous().T):
+            spread = ids.to(torch.int64).repeat_interleave(2, 1)[:, ::2]
+            assert torch.equal(answer(moe_matmul, there.name, (view, w, spread, None, *rest))[0], want)
+
+
+@pytest.mark.skipif(moe_matmul.body("cpu").absent("cpu") is not None, reason="the C++ module is not here")
+def test_threads_and_instruction_sets_do_not_change_bits_of_int8(seed: int) -> None:
+    here = Body("cpu", "cpu", None)
+    for up in (True, False):
+        args = packed(moe_matmul, "cpu", made(here, 40, up, "w8a8", seed, n=640, k=512))
+        before, found = op.native().isa(), []
+        for isa in op.native().isas():
+            op.native().force_isa(isa)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found.append(answer(moe_matmul, "cpu", args)[0])
+        op.native().force_isa(before)
+        assert all(torch.equal(found[0], each) for each in found)
+
+
+@pytest.mark.skipif(moe_matmul.body("cpu").absent("cpu") is not None, reason="the C++ module is not here")
+def test_more_tokens_of_one_expert_than_a_part_holds(seed: int) -> None:
+    """257 tokens are two parts of 128 and 129, not one of 256 and a single token that is multiplied another way."""
+    here = Body("cpu", "cpu", None)
+    args = made(here, 257, True, "w4a16-g128", seed, topk=1, routes="one", k=128)
+    assert faults(moe_matmul, "cpu", args) == []
+    x, w, ids, _ = args
+    want, got = (answer(moe_matmul, "cpu", (rows, w, ids, None))[0] for rows in (x, x.flip(0)))
+    assert torch.equal(want, got.flip(0))
+
+
+# ---- Triton's own parts ----------------------------------------------------------------------------------------------
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter; this file starts it")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("experts", "pairs", "block_m"), [(1, 1, 16), (3, 50, 16), (20, 7, 16), (6, 300, 64)])
+def test_routes_hold_each_pair_once_in_order(experts: int, pairs: int, block_m: int, seed: int) -> None:
+    """triton: the counting sort that the kernels are given."""
+    from percard.kernels.moe_matmul.tiles import most_blocks, route_kernel
+
+    ids = torch.randint(-1, experts + 1, (pairs,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    most = most_blocks(pairs, experts, block_m)
+    route = torch.full((pairs + 3 * most + 1,), 1 << 29, dtype=torch.int32)
+    route_kernel[(experts + 1,)](ids, route, pairs, experts, most, BLOCK_M=block_m, BINS=32, CHUNK=128)
+    order, (expert, first, end) = route[:pairs].long(), route[pairs:-1].view(3, most)
+    mine = ids.clone().masked_fill_((ids < 0) | (ids >= experts), experts).long()
+    assert torch.equal(order, mine.argsort(stable=True))
+    blocks, place = int(route[-1]), 0
+    assert blocks <= most
+    for b in range(blocks):
+        taken = mine[order[int(first[b]) : int(end[b])]]
+        assert int(first[b]) == place and 1 <= len(taken) <= block_m
+        assert (taken == (experts if int(expert[b]) < 0 else int(expert[b]))).all()
+        place = int(end[b])
+    assert place == pairs
+
+
+@needs_interpreter
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("spec", ["w4a16-g64-asym", "w4a16", "w8a8"])
+def test_every_config_gives_the_same_bits(up: bool, spec: str, seed: int) -> None:
+    """triton: also those that no heuristic takes."""
+    from percard.kernels import tiles
+    from percard.kernels.moe_matmul import gpu
+
+    here = Body("triton", "cpu", None)
+    args = made(here, 9, up, spec, seed)
+    want = answer(moe_matmul, "reference", args)[0]
+    flat = CONTRACT.unwrap(*packed(moe_matmul, "triton", args))
+    allowed = CONTRACT.tolerance(want, *CONTRACT.unwrap(*args))
+    base = gpu.config_for(gpu.Shape(9, 70, 256, flat[9], flat[0].dtype, 5, 3, up), device.H200)
+    found = []
+    for change in ({}, {"direct": True}, {"block_m": 32}, {"block_n": 64, "block_k": 128, "dots": 2}, {"raster": 1}):
+        with poisoned_memory():
+            got, launches = gpu.plan(device.H200, *flat, config=replace(base, **change))
+            tiles.start(launches, got.device)
+        assert bool(((got.float() - want.float()).abs() <= allowed).all()), change
+        found.append(got)
+    assert all(torch.equal(found[0], each) for each in found)
+
+
+@pytest.mark.skipif(INTERPRETED or device.has_card(), reason="already in the interpreter, or there is a card")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install triton")
+def test_triton_body_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-x", "-k"]
+    command.append("triton or routes_hold or every_config")
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_any_route(seed: int) -> None:
+    """Captured once, replayed with other tokens and other experts."""
+    here = Body("triton", "cuda", None)
+    for m in (1, 16):
+        x, w, ids, weights = packed(moe_matmul, "triton", made(here, m, False, "w4a16-g128", seed))
+        moe_matmul(x, w, ids, weights)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = moe_matmul(x, w, ids, weights)
+        for change in ((0, 4), (-1, 1)):
+            x.normal_()
+            ids.random_(*change)
+            graph.replay()
+            assert torch.equal(y, moe_matmul(x, w, ids, weights))
+
+
+# ---- Configs, pure ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install triton")
+def test_every_config_is_one_that_the_kernels_can_run() -> None:
+    from percard.kernels.inspection import ARCHS
+    from percard.kernels.moe_matmul import gpu
+
+    for case in cases.CASES:
+        for arch, card in ARCHS.items():
+            shape = gpu.shape_of(case)
+            for c in (gpu.config_for(shape, card), gpu.invariant(shape, card), *gpu.candidates(shape, card)):
+                padded = -(-case.k // 128) * 128
+                assert padded % c.block_k == 0 and c.block_k % (128 if case.spec != "w8a8" else 64 * c.dots) == 0
+                assert c.block_n in (64, 128, 256) and c.block_m in (16, 32, 64) and c.num_warps in (4, 8)
+                if arch == "sm_100" and case.spec != "w8a8":
+                    assert c.block_n * c.block_m <= 128 * 64, "larger tiles are a bare trap in Triton 3.6"
+            assert gpu.invariant(shape, card) == gpu.invariant(shape._replace(m=1), card)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install triton")
+def test_few_pairs_are_not_sorted_and_blocks_are_narrow() -> None:
+    from percard.kernels.moe_matmul import gpu
+    from percard.kernels.moe_matmul.tiles import most_blocks
+
+    def chosen(m: int) -> Any:
+        return gpu.config_for(gpu.Shape(m, 1536, 2048, 128, BF16, 128, 8, True), device.H200)
+
+    assert [(chosen(m).direct, chosen(m).block_m) for m in (1, 4, 5, 16, 128, 256, 512, 4096)] == [
+        (True, 16), (True, 16), (False, 16), (False, 16), (False, 16), (False, 32), (False, 64), (False, 64)
+    ]  # fmt: skip
+    assert most_blocks(8, 128, 16) == 8 and most_blocks(1000, 3, 16) == 4 + 996 // 16 and most_blocks(0, 4, 16) == 0
+
+
+# ---- the face --------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_in_one_line(seed: int) -> None:
+    here = Body("reference", "cpu", None)
+    x, w, ids, weights = made(here, 4, False, "w4a16-g128", seed)
+    xq, w8, _, _, sx, dtype = made(here, 4, False, "w8a8", seed)
+    wrong = [
+        ((x, w, ids), "x has 12 rows, expected 4"),
+        ((x[:4], w, ids, weights), "x has 4 rows, expected 12"),
+        ((x[:, :100], w, ids, weights), r"expected \[M, 256\]"),
+        ((x, w, ids[0], weights), r"ids is torch.int32 \(3,\)"),
+        ((x, w, ids, weights[:, :2]), r"weights is torch.float32 \(4, 2\), expected contiguous float32 \(4, 3\)"),
+        ((x, w8, ids, weights), "the experts are w8a8 and x is rows without scales"),
+        ((xq, w, ids, weights, sx), "the experts are w4a16-g128 and x is int8 rows with scales"),
+        ((xq, w8, ids, weights, sx[:5], dtype), "sx is torch.float32"),
+        ((x, w8, ids, weights, sx[:12]), "expected int8 and symmetric w8a8"),
+        ((x, w, ids, weights, None, FP32), "out_dtype is torch.float32, expected torch.float16"),
+        ((x, replace(w, data=w.data.transpose(1, 2).contiguous().transpose(1, 2)), ids, weights), "contiguous"),
+    ]
+    for args, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            moe_matmul(*args, impl="reference")
+    odd = made(here, 4, True, "w4a16", seed, n=69)
+    with pytest.raises(ValueError, match="69 rows, expected an even number"):
+        moe_matmul(*odd, impl="reference")
+    with pytest.raises(Unsupported, match="reads experts packed as plain, these are planes16_w4"):
+        moe_matmul(*packed(moe_matmul, "triton", (x, w, ids, weights)), impl="reference")
+
+
+def test_torch_knows_the_op(seed: int) -> None:
+    for spec in ("w4a16-g128", "w8a8"):
+        flat = CONTRACT.unwrap(*made(Body("reference", "cpu", None), 4, False, spec, seed))
+        torch.library.opcheck(torch.ops.percard.moe_matmul.reference, flat)
+
+
+def test_cost_counts_the_experts_that_have_a_token() -> None:
+    for tokens, active in ((1, 7.8), (16, 81), (64, 125.7), (4096, 128)):
+        assert abs(CONTRACT.active_experts(8 * tokens, 128) - active) < 0.5
+    flat = cases.blank(next(case for case in cases.CASES if case.name == "qwen3-30b-a3b.down.t4096.w8a8"))
+    cost = CONTRACT.cost(*flat)
+    assert cost.flops == 2 * 4096 * 8 * 2048 * 768
+    assert cost.bytes > 128 * 2048 * 768 + 4096 * 8 * 768
+
+
+@pytest.mark.parametrize("spec", ["w4a16-g32", "w8a8"])
+def test_a_layer_of_experts(spec: str, seed: int) -> None:
+    """linear.moe: up, quantise where int8, down; against dequantised weights."""
+    random = torch.Generator().manual_seed(seed)
+    quant = QuantSpec.parse(spec)
+
+    def stack(n: int, k: int) -> Any:
+        weights = (torch.randn(n, k, generator=random) / k**0.5 for _ in range(4))
+        return layout.stack_experts((affine.quantize(w, quant, affine.scale_dtype_of(quant, BF16)) for w in weights), 4)
+
+    w13, w2, x = stack(128, 96), stack(96, 64), torch.randn(6, 96, generator=random)
+    ids, weights = torch.randint(-1, 4, (6, 2), generator=random), torch.rand(6, 2, generator=random)
+    want = torch.zeros(6, 96)
+    for t, j in torch.cartesian_prod(torch.arange(6), torch.arange(2)).tolist():
+        if ids[t, j] >= 0:
+            gate, up = (affine.dequantize(w13.expert(int(ids[t, j]))) @ x[t]).chunk(2)
+            h = torch.nn.functional.silu(gate) * up
+            want[t] += weights[t, j] * (affine.dequantize(w2.expert(int(ids[t, j]))) @ h)
+    impls = ["reference"] + (["cpu"] if moe_matmul.body("cpu").absent("cpu") is None else [])
+    for impl in impls:
+        ready = [linear.prepare_experts(w, "cpu", impl) for w in (w13, w2)]
+        got = linear.moe(x, *ready, ids, weights, impl=impl)
+        assert got.dtype == FP32 and (got - want).abs().max() < (1e-4 if spec != "w8a8" else 3e-2) * want.abs().max()
+
+
+def test_experts_that_no_body_multiplies_are_refused() -> None:
+    one = affine.quantize(torch.randn(8, 32), QuantSpec.parse("w8a16"), BF16)
+    with pytest.raises(Unsupported, match="no body multiplies experts in w8a16"):
+        linear.prepare_experts(layout.stack_experts([one, one], 2), "cpu", "reference")
+
+
+def test_a_stack_of_experts_holds_each(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    quant = QuantSpec.parse("w4a16-g32-asym")
+    weights = [affine.quantize(torch.randn(7, 64, generator=random), quant) for _ in range(3)]
+    stack = layout.stack_experts(iter(weights), 3)
+    assert stack.shape == (3, 7, 64) and stack.nbytes == sum(w.nbytes for w in weights)
+    for packing in ("planes16_w4", "rows16_k4_w4"):
+        ready = layout.repack_experts(stack, packing)
+        back = layout.repack_experts(ready, "plain")
+        for e, w in enumerate(weights):
+            alone = layout.repack(w, packing)
+            assert torch.equal(ready.expert(e).data, alone.data) and torch.equal(ready.expert(e).scale, alone.scale)
+            assert torch.equal(back.expert(e).data, w.data) and torch.equal(back.expert(e).zero, w.zero)
+    with pytest.raises(FormatError, match="found 2 experts, expected 3"):
+        layout.stack_experts(weights[:2], 3)
+    other = affine.quantize(torch.randn(8, 64, generator=random), quant)
+    with pytest.raises(FormatError, match=r"expert 1 is .* expected 3 experts like the first"):
+        layout.stack_experts([weights[0], other], 3)
+    with pytest.raises(FormatError, match="scale of 3 experts has shape"):
+        replace(stack, scale=stack.scale[:2])
