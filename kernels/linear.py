@@ -92,9 +92,11 @@ def linear(
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], n)
 
 
-def quantizes(rows: torch.Tensor, w: torch.Tensor | QuantTensor, *, impl: str | None = None) -> bool:
+def quantizes(
+    rows: torch.Tensor, w: torch.Tensor | QuantTensor, *, impl: str | None = None, batch_invariant: bool = False
+) -> bool:
     """Whether `linear` begins with quantize_rows for so many rows of this type, so that a fused producer may do it instead."""
-    return isinstance(w, QuantTensor) and _ops_for(rows, w, impl, False)[0] is quantize_rows
+    return isinstance(w, QuantTensor) and _ops_for(rows, w, impl, batch_invariant)[0] is quantize_rows
 
 
 def linear_quantized(
@@ -104,6 +106,7 @@ def linear_quantized(
     dtype: torch.dtype = torch.bfloat16,
     *,
     impl: str | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """`linear` of rows that a producer made int8 already: (q [M, K], scale [M], row_sum [M]) -> [M, N] in `dtype`.
 
@@ -112,7 +115,7 @@ def linear_quantized(
     op = ops_of(w.spec)[-1]
     if op not in (matmul_w8a8, matmul_w4a8):
         raise Unsupported(f"linear: {w.spec} multiplies rows as they are, these are int8; call linear with the rows")
-    return op(*_arguments(op, rows, w, bias, dtype), impl=impl)
+    return op(*_arguments(op, rows, w, bias, dtype, batch_invariant), impl=impl)
 
 
 def _ops_for(rows: torch.Tensor, w: QuantTensor, impl: str | None, batch_invariant: bool) -> tuple[Op, ...]:
@@ -276,15 +279,16 @@ def moe(
     weights: torch.Tensor,
     *,
     impl: str | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The experts of a layer: x [T, K], w13 [E, 2I, K] (gate rows, then up rows), w2 [E, H, I] -> [T, H] in the type of x.
 
     ids [T, topk] name the experts of each token, -1 none; weights [T, topk] weigh what they say. Both weights as
-    `prepare_experts` packed them, of one spec.
+    `prepare_experts` packed them, of one spec. `batch_invariant` as in `linear`; with int8 rows it is always so.
     """
     if w13.spec.act_bits == 16:
-        h = moe_matmul(x, w13, ids, impl=impl)
-        return moe_matmul(h, w2, ids, weights, impl=impl)
+        h = moe_matmul(x, w13, ids, batch_invariant=batch_invariant, impl=impl)
+        return moe_matmul(h, w2, ids, weights, batch_invariant=batch_invariant, impl=impl)
     xq, sx, _ = quantize_rows(x, impl=impl)
     h = moe_matmul(xq, w13, ids, None, sx, x.dtype, impl=impl)
     hq, sh, _ = quantize_rows(h, impl=impl)

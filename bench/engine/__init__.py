@@ -37,6 +37,7 @@ def load(
     impl: str | None = None,
     seed: int = 0,
     max_len: int = 4096,
+    batch_invariant: bool = False,
     device: torch.device | str | None = None,
     share: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -46,7 +47,8 @@ def load(
     `spec` rounds 16-bit linears at load (the head keeps 16 bits unless `head="int8-row"`); a quantised checkpoint
     brings its own. `dtype` of activations and 16-bit weights: the config's by default. `layers` runs the first so many
     blocks. `impl` names the body of every op, None = the first that serves. `max_len` tokens per sequence at most
-    (never above the model's context). `share` is a synthetic model of the same shape and seed that lends its embedding
+    (never above the model's context). `batch_invariant`: what quantised linears and experts give a token does not depend
+    on the other tokens, to the bit; 16-bit products and attention are torch's, which promises nothing. `share` is a synthetic model of the same shape and seed that lends its embedding
     and 16-bit head. `progress(done, blocks)`. FormatError for anything that cannot be read.
     """
     if head not in HEADS:
@@ -75,4 +77,4 @@ def load(
     held = weights.build(config, origin, dtype=dtype, device=where, impl=impl, progress=progress)
     cos, sin = rope.tables(config.rope, config.head_dim, min(max_len, config.context), dtype, where)
     model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), seed if synthetic else None, cos, sin)
-    return model.with_head(head)
+    return replace(model, batch_invariant=batch_invariant).with_head(head)

@@ -48,12 +48,14 @@ def route(h: torch.Tensor, m: Moe) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights / weights.sum(-1, keepdim=True) if m.normalized else weights
 
 
-def run(x: torch.Tensor, m: Moe, matmul: Callable[..., torch.Tensor], impl: str | None) -> torch.Tensor:
+def run(
+    x: torch.Tensor, m: Moe, matmul: Callable[..., torch.Tensor], impl: str | None, batch_invariant: bool = False
+) -> torch.Tensor:
     """What the experts make of normed rows x [B, T, hidden]: the same shape."""
     h = x.view(-1, x.shape[-1])
     ids, weights = route(h, m)
     if isinstance(m.w13, ExpertsTensor) and isinstance(m.w2, ExpertsTensor):
-        return moe(h, m.w13, m.w2, ids, weights, impl=impl).view(x.shape)
+        return moe(h, m.w13, m.w2, ids, weights, impl=impl, batch_invariant=batch_invariant).view(x.shape)
     assert isinstance(m.w13, torch.Tensor) and isinstance(m.w2, torch.Tensor)
     return sixteen_bit(h, ids, weights, m.w13, m.w2, matmul).view(x.shape)
 

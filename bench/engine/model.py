@@ -7,8 +7,9 @@ a QuantTensor) and in nothing else. Shapes: B batch, T new tokens, S cached leng
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,12 @@ Matmul = Callable[..., torch.Tensor]
 
 
 def one_row_linear(
-    x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None, *, impl: str | None = None
+    x: torch.Tensor,
+    w: Weight,
+    bias: torch.Tensor | None = None,
+    *,
+    impl: str | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """`linear`, but a single row times a 16-bit or fp32 weight is torch.mv.
 
@@ -46,7 +52,7 @@ def one_row_linear(
     finds out, so that the 16-bit side of a decode gets whichever is faster there.
     """
     if isinstance(w, QuantTensor) or x.numel() != x.shape[-1]:
-        return linear(x, w, bias, impl=impl)
+        return linear(x, w, bias, impl=impl, batch_invariant=batch_invariant)
     y = torch.mv(w, x.reshape(-1))
     return (y if bias is None else y + bias).view(*x.shape[:-1], w.shape[0])
 
@@ -62,14 +68,16 @@ def block(
     attend: Attend,
     matmul: Matmul = linear,
     impl: str | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One decoder block: x + add [B, T, hidden] (`add` None: x) to the same kind of pair. x may change in place.
 
     The sum is left to the norm that comes next: where a weight takes int8 rows, norm, sum and quantisation are one op.
     """
     batch, new, _ = x.shape
+    how: dict[str, Any] = {"impl": impl, "batch_invariant": batch_invariant}
     qk_heads, eps = config.heads + config.kv_heads, config.norm_eps
-    x, qkv = _norm_matmul(x, add, b.input_norm, eps, b.qkv, b.qkv_bias, matmul, impl)
+    x, qkv = _norm_matmul(x, add, b.input_norm, eps, b.qkv, b.qkv_bias, matmul, how)
     qkv = qkv.view(batch, new, qk_heads + config.kv_heads, config.head_dim)
     qk, v = qkv[:, :, :qk_heads], qkv[:, :, qk_heads:]
     if b.qk_norm is not None:
@@ -80,9 +88,9 @@ def block(
 
     if b.moe is not None:  # the router reads the normed rows as they are, so there is nothing to fuse
         x += add
-        return x, experts.run(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.moe, matmul, impl)
-    x, gate_up = _norm_matmul(x, add, b.post_norm, eps, b.gate_up, b.gate_up_bias, matmul, impl)
-    return x, _swiglu_matmul(gate_up, b.down, b.down_bias, matmul, impl)
+        return x, experts.run(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.moe, matmul, **how)
+    x, gate_up = _norm_matmul(x, add, b.post_norm, eps, b.gate_up, b.gate_up_bias, matmul, how)
+    return x, _swiglu_matmul(gate_up, b.down, b.down_bias, matmul, how)
 
 
 def _norm_matmul(
@@ -93,16 +101,16 @@ def _norm_matmul(
     w: Weight | None,
     bias: torch.Tensor | None,
     matmul: Matmul,
-    impl: str | None,
+    how: Mapping[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add, the normed sum times w), x [B, T, hidden]."""
     rows = x.view(-1, x.shape[-1])
-    if isinstance(w, QuantTensor) and quantizes(rows, w, impl=impl):
+    if isinstance(w, QuantTensor) and quantizes(rows, w, **how):
         if add is None:
-            *made, _ = rmsnorm_quantize(rows, norm, eps, impl=impl)
+            *made, _ = rmsnorm_quantize(rows, norm, eps, impl=how["impl"])
         else:
-            *made, rows = rmsnorm_quantize(add.view(-1, x.shape[-1]), norm, eps, rows, impl=impl)
-        y = linear_quantized(tuple(made), w, bias, x.dtype, impl=impl)
+            *made, rows = rmsnorm_quantize(add.view(-1, x.shape[-1]), norm, eps, rows, impl=how["impl"])
+        y = linear_quantized(tuple(made), w, bias, x.dtype, **how)
         return rows.view(x.shape), y.view(*x.shape[:-1], -1)
     if add is not None:
         x += add
@@ -110,13 +118,13 @@ def _norm_matmul(
 
 
 def _swiglu_matmul(
-    gate_up: torch.Tensor, w: Weight | None, bias: torch.Tensor | None, matmul: Matmul, impl: str | None
+    gate_up: torch.Tensor, w: Weight | None, bias: torch.Tensor | None, matmul: Matmul, how: Mapping[str, Any]
 ) -> torch.Tensor:
     """silu(gate) * up times w, gate_up [B, T, 2 ffn] -> [B, T, hidden]."""
     ffn = gate_up.shape[-1] // 2
     rows = gate_up.view(-1, 2 * ffn)
-    if isinstance(w, QuantTensor) and quantizes(rows, w, impl=impl):
-        y = linear_quantized(silu_mul_quantize(rows, impl=impl), w, bias, gate_up.dtype, impl=impl)
+    if isinstance(w, QuantTensor) and quantizes(rows, w, **how):
+        y = linear_quantized(silu_mul_quantize(rows, impl=how["impl"]), w, bias, gate_up.dtype, **how)
         return y.view(*gate_up.shape[:-1], -1)
     return matmul(F.silu(gate_up[..., :ffn]).mul_(gate_up[..., ffn:]), w, bias)
 
@@ -173,7 +181,8 @@ class Model:
 
     `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
     `seed` is what synthetic weights were drawn with, None = they are real; `cos` and `sin` are rope tables
-    [max_len, 1, D]; `mv` sends single rows through torch.mv (`one_row_linear`).
+    [max_len, 1, D]; `mv` sends single rows through torch.mv (`one_row_linear`); `batch_invariant` is what every quantised
+    product is asked for.
     """
 
     config: Config
@@ -188,6 +197,7 @@ class Model:
     cos: torch.Tensor
     sin: torch.Tensor
     mv: bool = False
+    batch_invariant: bool = False
 
     def with_head_of(self, other: Model) -> Model:
         """The same blocks with the very head of `other`, so that two sides of a comparison hold it once."""
@@ -233,7 +243,8 @@ class Model:
     @property
     def matmul(self) -> Matmul:
         """The product of activations and a weight of this model."""
-        return functools.partial(one_row_linear if self.mv else linear, impl=self.impl)
+        plain = one_row_linear if self.mv else linear
+        return functools.partial(plain, impl=self.impl, batch_invariant=self.batch_invariant)
 
     @property
     def kernel(self) -> str:
@@ -385,6 +396,7 @@ class Model:
         x = F.embedding(ids.to(self.device), self.weights.embedding)
         add = None
         for layer, weights in enumerate(self.weights.blocks):
-            x, add = block(x, add, weights, self.config, layer, cos, sin, attend, self.matmul, self.impl)
+            how: dict[str, Any] = {"impl": self.impl, "batch_invariant": self.batch_invariant}
+            x, add = block(x, add, weights, self.config, layer, cos, sin, attend, self.matmul, **how)
         x = x if add is None else x.add_(add)
         return F.rms_norm(x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)
