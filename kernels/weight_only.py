@@ -7,6 +7,8 @@ The contract.py of such an op binds its name, the bits of its codes and its pack
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..formats.tensor import QuantTensor
@@ -149,40 +151,16 @@ def tolerance(
     return bound if bias is None else bound + 2.0**-22 * bias.abs()
 
 
-def triton_takes(
-    wanted: str,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    batch_invariant: bool = False,
-) -> str | None:
-    """None, or why a Triton body that reads packing `wanted` does not serve."""
-    if x.dtype == torch.float32:
-        return "multiplies 16-bit activations, x is float32; cast x to bfloat16 or float16"
-    return wrong_packing(packing, wanted)
-
-
-def takes(
-    wanted: str,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    batch_invariant: bool = False,
-) -> str | None:
+def takes(wanted: str, *flat: Any) -> str | None:
     """None, or why a body that reads packing `wanted` and any type of x does not serve."""
-    return wrong_packing(packing, wanted)
+    return wrong_packing(flat[8], wanted)
+
+
+def triton_takes(wanted: str, *flat: Any) -> str | None:
+    """As `takes`, for a body whose products are of 16-bit numbers."""
+    if flat[0].dtype == torch.float32:
+        return "multiplies 16-bit activations, x is float32; cast x to bfloat16 or float16"
+    return takes(wanted, *flat)
 
 
 def product(

@@ -14,6 +14,7 @@ import torch
 from . import tuning
 from .device import Card
 from .tiles import FUSION, INTERPRETED, Launch, Product, add_slices_launch, chunks, registers
+from .weight_only import out_like
 
 CHUNK_MB = 32  # of a weight made whole: it stays in the L2 until the product has read it
 INVARIANT_ROWS = 256  # rows of x that share the workspace of a split K when results must not depend on M
@@ -91,7 +92,23 @@ def candidates(
     return tuning.variants(base, changes, fits)
 
 
-def launches(
+def plan(
+    kernels: Kernels,
+    config_for: Callable[[tuning.Shape, Card], Config],
+    card: Card,
+    flat: tuple[Any, ...],
+    config: Config | None,
+) -> tuple[torch.Tensor, list[Launch | Product]]:
+    """The output, and the kernels that fill it, for the arguments of the schema."""
+    x, w, word, _, bias, n, k, group = flat[:8]
+    batch_invariant = len(flat) > 9 and flat[9]
+    if config is None:
+        config = (invariant if batch_invariant else config_for)(tuning.Shape(x.shape[0], n, k, group, x.dtype), card)
+    y = out_like(*flat)
+    return y, _launches(kernels, config, card, x, w, word, bias, y, group, batch_invariant)
+
+
+def _launches(
     kernels: Kernels,
     config: Config,
     card: Card,

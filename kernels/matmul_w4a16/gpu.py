@@ -23,7 +23,7 @@ import triton.language as tl
 from .. import device, tuning, weight_only_plan
 from ..device import Card
 from ..tiles import Launch, Product, start, tile_index, unpack_plane16, word_scale
-from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant, launches
+from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant
 from . import contract
 
 __all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "start"]
@@ -175,14 +175,9 @@ def config_for(shape: tuning.Shape, card: Card) -> Config:
 
 
 def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch | Product]]:
-    """The output, and the kernels that fill it (weight_only_plan.launches), for the arguments of the schema."""
-    x, w, word, _, bias, n, k, group = flat[:8]
-    batch_invariant = len(flat) > 9 and flat[9]
-    if config is None:
-        config = (invariant if batch_invariant else config_for)(tuning.Shape(x.shape[0], n, k, group, x.dtype), card)
-    y = contract.out_like(*flat)
+    """The output, and the kernels that fill it, for the arguments of the schema."""
     kernels = Kernels(OP, matmul_w4a16_kernel, dequantize_planes16_kernel, CODES_PER_WORD, {})
-    return y, launches(kernels, config, card, x, w, word, bias, y, group, batch_invariant)
+    return weight_only_plan.plan(kernels, config_for, card, flat, config)
 
 
 def run(*flat: Any) -> torch.Tensor:
