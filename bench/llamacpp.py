@@ -166,7 +166,7 @@ def compare(
     for phase in calls:
         for spec, kind in PAIRS.items():
             ratio = clock.ratio(times[phase][kind], times[phase][spec])
-            for name, step_bytes in ((spec, ours[spec].model.step_bytes), (kind, files[kind].stat().st_size)):
+            for name, step_bytes in ((spec, ours[spec].model.step_bytes(1)), (kind, files[kind].stat().st_size)):
                 rate = times[phase][name].rate(work[phase])
                 row = {"phase": phase, "side": name, "tok_s": rate.median, "lo": rate.lo, "hi": rate.hi}
                 row |= {"step_bytes": step_bytes, "samples_s": list(times[phase][name].samples)}
