@@ -156,7 +156,7 @@ def _routes(
     second, most = ALSO[spec.weight_bits, spec.act_bits]
     on_card = device.type == "cuda"
     name = machine.card_of(device).name if on_card else "cpu"
-    table = dispatch.table(_triton_version())
+    table = dispatch.table(_triton_version() if on_card else "0.0")  # a CPU's serving path does not load Triton
     found = []
     for bucket in range(dispatch.BUCKETS):
         entry = table.get((name, str(spec), *shape, bucket))
