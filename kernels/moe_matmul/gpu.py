@@ -177,13 +177,13 @@ class Config:
 def heuristic(shape: Shape, card: Card) -> Config:
     """Tiles as narrow as twice the tokens of an average expert, so that few experts need a second pass over their rows.
 
-    mma.sync needs registers for x too: on sm_80 and sm_89 groups below 128 have at most 32 tokens, and 256 codes a step
-    at most 16, or registers spill.
+    mma.sync keeps x in registers too: on sm_80 and sm_89 small groups have narrower tiles, and 256 codes a step at most 16
+    tokens, or registers spill.
     """
     pairs = shape.m * shape.topk
     direct = 4 * pairs <= shape.experts
-    warp_mma, blackwell, int8 = card.sm < 90, card.sm >= 100, shape.dtype == torch.int8
-    widest = 32 if warp_mma and not int8 and shape.group < 128 else 64
+    warp_mma, int8 = card.sm < 90, shape.dtype == torch.int8
+    widest = {32: 16, 64: 32}.get(shape.group, 64) if warp_mma and not int8 else 64
     twice = triton.next_power_of_2(-(-2 * pairs // shape.experts))
     block_m = 16 if direct else min(max(twice, 16), widest)
     warps = 4 if block_m <= 32 else 8
@@ -191,7 +191,8 @@ def heuristic(shape: Shape, card: Card) -> Config:
         buffers = (card.shared_bytes - 4096) // ((128 + block_m) * 128)
         stages = max(2, min(5, buffers + 1 if warp_mma else buffers))
         return Config(128, block_m, 128, 1 if card.sm == 90 else 2, direct, 8, warps, stages)
-    two = block_m <= (16 if warp_mma else 32) and shape.group >= 64 and -(-shape.k // 128) % 2 == 0 and not blackwell
+    even = shape.group >= 64 and -(-shape.k // 128) % 2 == 0
+    two = even and block_m <= (16 if warp_mma else 32) and card.sm < 100
     return Config(128, block_m, 256 if two else 128, 1, direct, 8, warps, 3)
 
 
