@@ -61,7 +61,8 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
 }
 _KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 _SHARED_SOURCES = (
-    "op.py", "rows.py", "tiles.py", "tuning.py", "weight.py", "weight_only.py", "weight_only_plan.py", "linear.py", "device.py",
+    "op.py", "rows.py", "tiles.py", "tuning.py", "weight.py", "weight_only.py", "weight_only_plan.py", "linear.py",
+    "device.py",
 )  # fmt: skip
 _MOST_COPIES, _MOST_CPU_BYTES = 256, 1 << 28
 WORTH = (1, 16, 256, 64, 4, 1024, 4096)  # tokens in the order in which their figures decide something

@@ -15,7 +15,15 @@ import torch
 from percard.kernels import device, op
 from percard.kernels.op import Op
 
-OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")  # search_scale has a suite of its own
+OPS = (
+    "quantize_rows",
+    "matmul_w8a8",
+    "matmul_w4a16",
+    "matmul_w8a16",
+    "matmul_w4a8",
+)  # search_scale has a suite of its own
+
+PRODUCERS = ("rmsnorm_quantize", "silu_mul_quantize")  # test_producers.py
 
 
 class Body(NamedTuple):
@@ -34,7 +42,7 @@ class Body(NamedTuple):
 def bodies() -> list[Body]:
     """Every body but the references; the C++ body once for each instruction set that this CPU has."""
     found = []
-    for name in OPS:
+    for name in OPS + PRODUCERS:
         package = importlib.import_module(f"percard.kernels.{name}")
         the_op, cases = getattr(package, name), importlib.import_module(f"percard.kernels.{name}.cases")
         for body in the_op.bodies:

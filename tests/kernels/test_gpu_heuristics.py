@@ -54,7 +54,7 @@ def test_small_problems_fill_the_card(op: str) -> None:
         assert 0.9 * card.sms <= programs <= 2 * card.sms, f"{arch}: {programs} programs"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", (*OPS, "rmsnorm_quantize", "silu_mul_quantize"))
 def test_one_config_per_bucket(op: str) -> None:
     """A Config is chosen for the largest M of its bucket, never by the nearest M."""
     card = ARCHS["sm_90"]
@@ -114,7 +114,7 @@ def test_tuned_entries_win_and_hold_for_their_card_triton_and_bucket_only(tmp_pa
         tuning.load(file, "3.9.0")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", (*OPS, "rmsnorm_quantize", "silu_mul_quantize"))
 def test_tuned_json_can_be_read(op: str) -> None:
     module = gpu(op)
     file = Path(module.__file__ or "").with_name("tuned.json")
