@@ -282,8 +282,10 @@ def _promised(
             rest |= {f"{prefix}{m}.bias": (sizes[m][0],) for m in members if m in biased}
         if sparse:
             small = number("moe_intermediate_size")
-            rest[f"{prefix}mlp.gate.weight"] = (number("num_experts"), hidden)
-            for e in range(number("num_experts")):
+            # transformers 5 writes num_experts under another name
+            count = number("num_local_experts" if config.get("num_experts") is None else "num_experts")
+            rest[f"{prefix}mlp.gate.weight"] = (count, hidden)
+            for e in range(count):
                 _must_be(f"{prefix}mlp.experts.{e}.gate_proj.weight", shapes, where)
                 for m, shape in (("gate", (small, hidden)), ("up", (small, hidden)), ("down", (hidden, small))):
                     linears.append(Linear(f"{prefix}mlp.experts.{e}.{m}_proj", shape, i, f"{prefix}mlp.experts"))

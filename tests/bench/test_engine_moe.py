@@ -14,6 +14,8 @@ from percard.bench.engine.experts import Moe, route, sixteen_bit
 from percard.formats import affine, compressed_tensors
 from percard.formats.spec import FormatError, QuantSpec
 from percard.formats.tensor import ExpertsTensor
+from percard.quant import quantize
+from percard.quant.recipe import Recipe
 
 IDS = torch.arange(1, 41).reshape(2, 20)
 BIG = {"hidden_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2}
@@ -79,6 +81,19 @@ def test_quantised_experts_run_as_their_dequantised_twin(checkpoint, tmp_path, n
     assert ours.kernel == "matmul_w4a16.reference + moe_matmul.reference" and not ours.same_fusions
     assert torch.allclose(ours.logits(IDS), twin.logits(IDS), atol=1e-3)
     assert ours.nbytes < twin.nbytes
+
+
+@pytest.mark.parametrize("name", ["w4a16-g32", "w8a8"])
+def test_what_the_workshop_writes_runs_as_what_is_rounded_at_load(checkpoint, tmp_path, name) -> None:
+    """quantise -> compressed-tensors, expert by expert -> engine, without a search for scales."""
+    folder = checkpoint("qwen3-moe", dtype=torch.bfloat16, torch_dtype="bfloat16", **BIG)
+    report = quantize.run(folder, tmp_path / "out", Recipe.from_flags(spec=name, options={"search": False}))
+    assert sum(".experts." in m.name for m in report.modules) == 2 * 12 * 3
+    written = load(tmp_path / "out", device="cpu")
+    at_load = load(folder, device="cpu", spec=QuantSpec.parse(name))
+    assert written.spec == at_load.spec and not written.notes
+    assert torch.equal(written.weights.blocks[1].moe.w2.data, at_load.weights.blocks[1].moe.w2.data)
+    assert torch.equal(written.logits(IDS), at_load.logits(IDS))
 
 
 def test_w8a8_experts_stay_near(checkpoint) -> None:

@@ -58,6 +58,7 @@ def hashes(folder: Path) -> dict[str, str]:
         ("mistral", "w8a16-g128"),
         ("mistral", "w4a8"),
         ("qwen3_moe", "w4a16-g64"),
+        ("qwen3_moe", "w8a8"),
     ],
 )
 def test_linears_change_and_nothing_else(tiny: Tiny, tmp_path: Path, kind: str, spec: str) -> None:
@@ -82,6 +83,16 @@ def test_linears_change_and_nothing_else(tiny: Tiny, tmp_path: Path, kind: str, 
     for name in ("tokenizer.json", "LICENSE"):
         assert (dst / name).read_bytes() == (src / name).read_bytes()
     assert sorted(p.name for p in dst.parent.iterdir()) == ["out", "src"]
+
+
+def test_every_expert_is_in_the_report_and_the_router_is_not(tiny: Tiny, tmp_path: Path) -> None:
+    report = quantize.run(tiny("qwen3_moe"), tmp_path / "out", recipe("w4a16-g64"))
+    found = {m.name for m in report.modules if ".experts." in m.name}
+    sides = ("gate_proj", "up_proj", "down_proj")
+    assert found == {f"model.layers.1.mlp.experts.{e}.{side}" for e in range(3) for side in sides}
+    assert "router" in report.kept["model.layers.1.mlp.gate"] and "lm_head" in report.kept
+    after = tensors(tmp_path / "out")
+    assert after["model.layers.1.mlp.gate.weight"].dtype == after["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("spec", ["w4a16-g64", "w4a16-g64-asym", "w8a8", "w4a16"])

@@ -164,6 +164,15 @@ def test_rules_that_cannot_be_meant(tiny: Tiny, inside: dict[str, Any], says: st
     assert says in str(caught.value)
 
 
+def test_transformers_5_writes_the_number_of_experts_under_another_name(tiny: Tiny) -> None:
+    folder = tiny("qwen3_moe")
+    before = [x.name for x in survey(folder).linears]
+    config = json.loads((folder / "config.json").read_text())
+    config["num_local_experts"] = config.pop("num_experts")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert [x.name for x in survey(folder).linears] == before
+
+
 def test_one_expert_alone_is_refused(tiny: Tiny) -> None:
     with pytest.raises(RecipeError, match="must share one spec"):
         walk.assign(survey(tiny("qwen3_moe")), recipe(layers={r"re:.*\.experts\.2\.down_proj$": "w8a16"}))
