@@ -34,6 +34,10 @@ from ..kernels.matmul_w8a8 import cases as w8a8_cases
 from ..kernels.matmul_w8a8 import matmul_w8a8
 from ..kernels.matmul_w8a16 import cases as w8a16_cases
 from ..kernels.matmul_w8a16 import matmul_w8a16
+from ..kernels.moe_matmul import cases as moe_cases
+from ..kernels.moe_matmul import moe_matmul
+from ..kernels.moe_matmul import cases as moe_cases
+from ..kernels.moe_matmul import moe_matmul
 from ..kernels.op import Cost, Op, native_isa
 from ..kernels.quantize_rows import cases as quantize_rows_cases
 from ..kernels.quantize_rows import quantize_rows
@@ -57,6 +61,8 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
         (matmul_w4a16, w4a16_cases),
         (matmul_w8a16, w8a16_cases),
         (matmul_w4a8, w4a8_cases),
+        (moe_matmul, moe_cases),
+        (moe_matmul, moe_cases),
     )
 }
 _KERNELS = Path(__file__).resolve().parents[1] / "kernels"
@@ -178,7 +184,7 @@ def _time(
             against.append({"impl": rival.name, "status": "suspect", "reason": reason})
             continue
         turns[rival.name] = calls
-    seen = _card_times(turns, where, rounds) if where.type == "cuda" else _cpu_times(turns, rounds)
+    seen = card_times(turns, where, rounds) if where.type == "cuda" else cpu_times(turns, rounds)
     return _row(
         ops,
         problem,
@@ -203,7 +209,7 @@ def _copies(nbytes: int, cache: int, where: torch.device) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class Seen:
     """Times by name in seconds, eager medians by name (a card only), calls in a sample, what the board said."""
 
     times: dict[str, clock.Sample]
@@ -212,16 +218,19 @@ class _Seen:
     board: dict[str, Any]
 
 
-def _card_times(turns: Mapping[str, Sequence[Callable[[], Any]]], where: torch.device, rounds: int) -> _Seen:
+def card_times(turns: Mapping[str, Sequence[Callable[[], Any]]], where: torch.device, rounds: int) -> Seen:
+    """Times on a card, in turn, while the board is watched."""
     watch = board.Watch(card.fingerprint(where)["card"]["uuid"])
     with watch.running():
         found = clock.card_ab(turns, device=where, rounds=rounds)
     ours = found["percard"]
     graph, eager = {n: t.graph for n, t in found.items()}, {n: t.eager.median for n, t in found.items()}
-    return _Seen(graph, eager, ours.calls * ours.replays, watch.summary())
+    return Seen(graph, eager, ours.calls * ours.replays, watch.summary())
 
 
-def _cpu_times(turns: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> _Seen:
+def cpu_times(turns: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> Seen:
+    """Times on a CPU, in turn, each sample long enough to mean something."""
+
     def whole(turn: Sequence[Callable[[], Any]]) -> Callable[[], None]:
         place = iter(range(1 << 62))
         return lambda: turn[next(place) % len(turn)]()
@@ -230,7 +239,7 @@ def _cpu_times(turns: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) ->
     once = [sample.median for sample in clock.ab(calls, rounds=1).values()]
     # Long enough for the fastest, unless the slowest would then take ten times as long as a sample should.
     repeat = max(1, min(200, math.ceil(_SAMPLE_S / min(once)), math.ceil(10 * _SAMPLE_S / max(once))))
-    return _Seen(clock.ab(calls, rounds=rounds, calls=repeat), {}, repeat, {})
+    return Seen(clock.ab(calls, rounds=rounds, calls=repeat), {}, repeat, {})
 
 
 def _row(
@@ -241,7 +250,7 @@ def _row(
     x: torch.Tensor,
     plain: QuantTensor,
     ready: QuantTensor,
-    seen: _Seen,
+    seen: Seen,
     against: list[dict[str, Any]],
     floats: set[str],
     roof: Mapping[str, float],
@@ -287,7 +296,7 @@ def _row(
         },
         "latency_us": latency,
         "against": against,
-        "roofline": _roofline(work, ours.median, roof, plain.spec.act_bits),
+        "roofline": roofline(work, ours.median, roof, plain.spec.act_bits),
         "energy": {"avg_power_w": power} if power is not None else None,
         "quality": {"gate": "synthetic", "reasons": ["agrees with its reference at this shape"]},
         "card": watched,
@@ -308,7 +317,7 @@ def _work(ops: Sequence[Op], x: torch.Tensor, plain: QuantTensor, ready: QuantTe
     return Cost(first.flops + second.flops, first.bytes + second.bytes)
 
 
-def _roofline(work: Cost, seconds: float, roof: Mapping[str, float], act_bits: int) -> dict[str, Any]:
+def roofline(work: Cost, seconds: float, roof: Mapping[str, float], act_bits: int) -> dict[str, Any]:
     """Which roof bounds the case, and the share of it that was reached; None without measured roofs."""
     rate = roof.get("int8" if act_bits == 8 else "bf16")
     memory = work.bytes / (roof["copy_gbs"] * 1e9) if roof.get("copy_gbs") else None

@@ -125,10 +125,10 @@ def test_int_mm_says_where_a_card_refuses_it() -> None:
 
 def test_roofline_takes_the_higher_bound() -> None:
     work = ops.Cost(flops=2 * 10**12, bytes=10**9)
-    found = ops._roofline(work, 0.004, {"copy_gbs": 1000.0, "bf16": 1000.0, "int8": 2000.0}, 16)
+    found = ops.roofline(work, 0.004, {"copy_gbs": 1000.0, "bf16": 1000.0, "int8": 2000.0}, 16)
     assert found["bound"] == "compute" and found["pct_of_roof"] == pytest.approx(50.0)
-    assert ops._roofline(work, 0.004, {"copy_gbs": 1000.0, "int8": 4000.0}, 8)["bound"] == "mem"
-    assert ops._roofline(work, 0.004, {}, 8)["pct_of_roof"] is None
+    assert ops.roofline(work, 0.004, {"copy_gbs": 1000.0, "int8": 4000.0}, 8)["bound"] == "mem"
+    assert ops.roofline(work, 0.004, {}, 8)["pct_of_roof"] is None
 
 
 def test_source_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
