@@ -36,8 +36,6 @@ from ..kernels.matmul_w8a16 import cases as w8a16_cases
 from ..kernels.matmul_w8a16 import matmul_w8a16
 from ..kernels.moe_matmul import cases as moe_cases
 from ..kernels.moe_matmul import moe_matmul
-from ..kernels.moe_matmul import cases as moe_cases
-from ..kernels.moe_matmul import moe_matmul
 from ..kernels.op import Cost, Op, native_isa
 from ..kernels.quantize_rows import cases as quantize_rows_cases
 from ..kernels.quantize_rows import quantize_rows
@@ -61,7 +59,6 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
         (matmul_w4a16, w4a16_cases),
         (matmul_w8a16, w8a16_cases),
         (matmul_w4a8, w4a8_cases),
-        (moe_matmul, moe_cases),
         (moe_matmul, moe_cases),
     )
 }
