@@ -181,9 +181,13 @@ def triton_version() -> str:
     return triton.__version__
 
 
-def refuses(card: Card, launches: Sequence[Any]) -> str | None:
-    """None, or why kernels should not be started on the card that is there: they spill, take more shared memory than it
-    has, or do not compile."""
+def refuses(card: Card, launches: Sequence[Any], arch: str | None = None) -> str | None:
+    """None, or why kernels should not be started on a card: they spill, take more shared memory than it has, or do not
+    compile. With `arch` no card is needed, and what was compiled lies in Triton's cache; this process then starts nothing."""
+    if arch is not None:
+        from triton.runtime.driver import driver
+
+        driver.set_active(_NoCard(arch))
     for launch in launches:
         if not hasattr(launch, "kernel"):  # a product that torch runs
             continue
