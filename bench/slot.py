@@ -7,6 +7,7 @@ Later stages join by one more line in STAGES.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -34,6 +35,8 @@ MODELS = ("qwen3-8b", "qwen3-32b")
 SPECS = ("w4a16-g128", "w8a8", "w4a8-g128", "w4a8")
 MODEL_SPECS = (None, "w4a16-g128", "w8a8", "w4a8-g128")
 BATCHES, DEPTH = (1, 16, 64), 1024
+TUNED, TUNING = "tuned", "tuning.jsonl"
+TUNED_OPS, TUNED_MODEL, EXPERTS_MODEL = ("matmul_w4a16", "matmul_w8a8", "matmul_w4a8"), "qwen3-8b", "qwen3-30b-a3b"
 _PACKAGE = __package__
 _START_WORKER = functools.partial(Worker, first=f"{_PACKAGE}.slot_tasks:load")
 
@@ -117,12 +120,35 @@ def correctness(run: Run) -> None:
 
 
 def time_ops(run: Run) -> None:
-    """The linears of two models by worth, each against torch's bf16 and _int_mm in the same rounds."""
+    """The linears of two models by worth, each against torch's bf16 and _int_mm in the same rounds; nothing tuned here yet."""
+    run.cells(_op_cells(run))
+
+
+def time_tuned(run: Run) -> None:
+    """The linears that a Config of this slot won for, once more, in a process that reads the tuned files."""
+    won = {
+        (row["op"], row["case"])
+        for row in folder_module.read_lines(run.folder / TUNING)
+        if row.get("outcome") == "tuned"
+    }
+    ops = _ops()
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((run.folder / TUNED).glob("*.json")))).hexdigest()
+    cells = [
+        dataclasses.replace(cell, name=f"{cell.name} tuned", identity={**cell.identity, "tuned": digest[:16]})
+        for cell in _op_cells(run)
+        if (ops.linear_ops(cell.arguments["spec"])[-1].name, cell.arguments["case"]) in won
+    ]
+    for cell in cells:
+        cell.row["code"]["config_source"] = "tuned"  # type: ignore[index]
+    run.cells(cells, env={"PERCARD_TUNED": str((run.folder / TUNED).resolve())})
+
+
+def _op_cells(run: Run) -> list[Cell]:
     ops = _ops()
     if run.device == "cuda":
         todo = ops.plan(MODELS, SPECS)
     else:  # the smallest case of each spec: enough to try the run
-        cases = [case for _, held in ops.OPS.values() for case in held.SMALL if case.spec in SPECS]
+        cases = [case for spec in SPECS for case in ops.OPS[ops.linear_ops(spec)[-1].name][1].SMALL]
         smallest = {
             spec: min((c for c in cases if c.spec == spec), key=lambda c: c.n * c.k, default=None) for spec in SPECS
         }
@@ -147,7 +173,67 @@ def time_ops(run: Run) -> None:
         cells.append(
             Cell(f"{spec} {case.name}", f"{_PACKAGE}.ops:time_case", arguments, seconds, identity, row, kind="op")
         )
+    return cells
+
+
+def time_experts(run: Run) -> None:
+    """A layer of experts (Qwen3-30B-A3B) by worth, quantised against torch's grouped bf16 product in the same rounds."""
+    moe, ops = importlib.import_module(f"{_PACKAGE}.moe"), _ops()
+    on_card = run.device == "cuda"
+    model, tokens, rounds = (EXPERTS_MODEL, moe.TOKENS, 7) if on_card else ("tiny", moe.TOKENS[:1], 2)
+    cells = []
+    for count in tokens:
+        for spec in moe.SPECS:
+            code = {"op_source_hash": ops.source_hash("moe_matmul", "quantize_rows")}
+            arguments = {"model": model, "spec": spec, "tokens": count, "device": run.device, "rounds": rounds}
+            identity = {"task": "experts", **{k: v for k, v in arguments.items() if k != "device"}, **code}
+            arguments |= {"seed": _seed(), "roof": measured_roof(run.folder)}
+            row = {**moe.sections(model, spec, count), "code": code}
+            name = moe.case_name(model, spec, count)
+            cells.append(Cell(name, f"{_PACKAGE}.moe:cell", arguments, 5.0, identity, row, kind="experts"))
     run.cells(cells)
+
+
+def tune_configs(run: Run) -> None:
+    """Configs of one model's linears by worth, measured on this card: tuned/<op>.json, proposals that people merge.
+
+    What it will try is compiled first, in a pool of processes that touch no card, for as many problems as there is time.
+    """
+    if run.device != "cuda":
+        run.say("tune: a CPU has no Configs to measure")
+        return
+    ops, arch = _ops(), run.runner.about["arch"]
+    asked = {"ops_wanted": list(TUNED_OPS), "model": TUNED_MODEL}
+    todo = run.ask(f"{_PACKAGE}.slot_tasks:problems", asked, max(20.0, run.left()))
+    todo = todo[: max(4, int(run.left() / 5))]
+    firsts = {(job["op"], job["group"]): job for job in reversed(todo)}
+    cells, compiles = [], []
+    for job in todo:
+        row = {"op": job["op"], "case": job["case"]}
+        identity = {"arch": arch, **row, "model": TUNED_MODEL, "source": ops.source_hash(job["op"])}
+        given = {**row, "model": TUNED_MODEL}
+        words = f"{job['op']} {job['case']}"
+        if firsts[job["op"], job["group"]] is job:
+            task = f"{_PACKAGE}.slot_tasks:compile_candidates"
+            compiles.append(
+                Cell(
+                    words,
+                    task,
+                    {**given, "arch": arch},
+                    15.0,
+                    {"task": "candidates", **identity},
+                    row,
+                    kind="candidates",
+                )
+            )
+        out = str((run.folder / TUNED).resolve())
+        arguments = {**given, "out": out, "seed": _seed()}
+        task = f"{_PACKAGE}.slot_tasks:tune"
+        cells.append(Cell(words, task, arguments, 4.0, {"task": "tune", **identity}, row, kind="tune"))
+    run.cells(compiles[: 2 * _processes()], into="candidates.jsonl", workers=max(2, _processes()))
+    run.cells(cells, into=TUNING)
+    for path in sorted((run.folder / TUNED).glob("*.json")):
+        run.files.append(f"{TUNED}/{path.name}") if f"{TUNED}/{path.name}" not in run.files else None
 
 
 def time_model(run: Run) -> None:
@@ -187,9 +273,12 @@ def time_model(run: Run) -> None:
 STAGES = (  # seconds of a ten-minute slot; they sum to 570, 30 s are the reserve
     Stage("fingerprint", 25, fingerprint, essential=True, patient=True),
     Stage("compile", 60, compile_kernels),
-    Stage("correctness", 105, correctness, essential=True),
-    Stage("ops", 240, time_ops, essential=True),
-    Stage("model", 140, time_model),
+    Stage("correctness", 95, correctness, essential=True),
+    Stage("ops", 140, time_ops, essential=True),
+    Stage("experts", 40, time_experts),
+    Stage("model", 100, time_model),
+    Stage("tune", 80, tune_configs),
+    Stage("tuned", 30, time_tuned),
 )
 
 
@@ -246,7 +335,7 @@ def _run(
     start: float,
 ) -> int:
     # Kernels are compiled here, whatever the caller's shell says of the interpreter.
-    env = {"TRITON_INTERPRET": "0"}
+    env = {"TRITON_INTERPRET": "0", "PERCARD_TUNED": str(target.resolve() / "none")}  # no cache of the user's decides
     env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(target.resolve() / "triton-cache"))
     asking = f"{_PACKAGE}.roof:identity"
     found: list[dict[str, Any]] = []

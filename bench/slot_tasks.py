@@ -1,4 +1,4 @@
-"""What the worker of a slot runs besides timing: the tests that want a card, and compiling for it."""
+"""What the worker of a slot runs besides timing: the tests that want a card, compiling for it, and tuning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from . import ops
@@ -33,8 +34,8 @@ def distinct_kernels(arch: str, problems: list[list[str]]) -> Iterator[dict[str,
     seen = set()
     for op, name in problems:
         case = ops.case_of(op, name)
-        if op in ("matmul_w4a16", "matmul_w8a16") and str(case.dtype) == "torch.float32":
-            continue  # its Triton body refuses fp32
+        if "a16" in case.spec and str(case.dtype) == "torch.float32":
+            continue  # Triton bodies multiply 16-bit activations
         for index, launch in enumerate(inspection.plan(op, case, arch)):
             key = (op, *inspection.key(launch))
             if key not in seen:
@@ -53,6 +54,54 @@ def compile_kernel(op: str, case: str, index: int, arch: str) -> Iterator[dict[s
         told = []
     words = f"{row['registers']} registers, {row['spilled_bytes']} bytes spilled, {row['mma'] or 'no MMA'}"
     yield {**row, "faults": told, "words": words}
+
+
+def problems(ops_wanted: list[str], model: str) -> Iterator[dict[str, Any]]:
+    """{op, case, group} of what the tuner measures for a model, by worth; problems of one group share their kernels."""
+    from ..kernels import tuner
+
+    for problem in tuner.problems([tuner.subject(name) for name in ops_wanted], model):
+        case = problem.case
+        yield {"op": problem.subject.op.name, "case": case.name, "group": f"{case.spec} {case.dtype} {problem.shape.m}"}
+
+
+def compile_candidates(op: str, case: str, model: str, arch: str) -> Iterator[dict[str, Any]]:
+    """Compiles what the tuner will try for a problem, on a host's CPU: the cache then has it."""
+    from ..kernels import inspection
+
+    problem = _problem(op, case, model)
+    gpu, cases, card = problem.subject.gpu, problem.subject.cases, inspection.ARCHS[arch]
+    configs = [gpu.heuristic(problem.shape, card), *gpu.candidates(problem.shape, card)]
+    plans = [gpu.plan(card, *cases.blank(problem.case), config=config)[1] for config in configs]
+    refused = [why for why in (inspection.refuses(card, launches, arch) for launches in plans) if why is not None]
+    yield {
+        "status": "ok",
+        "refused": refused,
+        "words": f"{len(configs)} Configs compiled, {len(refused)} will be refused",
+    }
+
+
+def tune(op: str, case: str, model: str, out: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Measures one problem; its entry goes into folder `out`. One row: what the tuner came to."""
+    from ..kernels import tuner
+
+    machine = tuner.CardMachine()
+    (outcome,) = tuner.run([_problem(op, case, model)], machine, Path(out), seed=seed)
+    row: dict[str, Any] = {
+        "outcome": outcome.status,
+        "entry": outcome.entry,
+        "words": f"{outcome.status}: {outcome.words}",
+    }
+    if outcome.status == "failed":
+        error = {"type": "Conformance", "message": outcome.words, "stage": "gate"}
+        row |= {"status": "failed", "quality": {"gate": "red", "reasons": [outcome.words]}, "error": error}
+    yield row
+
+
+def _problem(op: str, case: str, model: str) -> Any:
+    from ..kernels import tuner
+
+    return next(p for p in tuner.problems([tuner.subject(op)], model) if p.case.name == case)
 
 
 def pytest_rows(root: str, marker: str, words: str, limit_s: float) -> Iterator[dict[str, Any]]:
