@@ -36,7 +36,9 @@ def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [_head(manifest, _side_rows(folder, "card.jsonl")), _stages(manifest)]
     parts += [_conformance(_side_rows(folder, "conformance.jsonl")), _compiled(_side_rows(folder, "inspect.jsonl"))]
     ops = [row for row in rows if row["level"] == "op"]
-    parts += [_stacks(ops), _ops(ops), _models([row for row in rows if row["level"] == "model"]), _left_out(rows)]
+    parts += [_stacks(ops), _ops(ops), _experts([row for row in rows if row["level"] == "layer"])]
+    parts += [_models([row for row in rows if row["level"] == "model"]), _tuning(_side_rows(folder, "tuning.jsonl"))]
+    parts.append(_left_out(rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -205,6 +207,37 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     head = ["case", "spec", "us", "spread", "eager us", "float us", "x float (95 %)", "best rival, us", "% of roof"]
     return "## Linears, one by one\n\n" + _table(head, body) if body else ""
+
+
+def _experts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Layers of experts: both matmuls, SwiGLU and the weighted sum in one time."""
+    body = []
+    for row in rows:
+        base = _base(row)
+        if row["status"] != "ok" or base is None:
+            continue
+        latency, touched = row["latency_us"], (row.get("model") or {}).get("experts_touched")
+        cells = [row["case"], str(row["shape"]["M"]), _number(touched, 0), _number(latency["median"], 1)]
+        cells += [f"{_number(latency['lo'], 1)}-{_number(latency['hi'], 1)}", _number(base["median"], 1)]
+        cells.append(f"{base['ratio']:.2f} ({base['ci95'][0]:.2f}-{base['ci95'][1]:.2f})")
+        body.append([*cells, _number((row.get("roofline") or {}).get("pct_of_roof"), 0)])
+    head = ["case", "tokens", "experts touched", "us", "spread", "bf16 us", "x bf16 (95 %)", "% of roof"]
+    return "## Layers of experts, routed at random\n\n" + _table(head, body) if body else ""
+
+
+def _tuning(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the tuner came to; entries lie in tuned/, for people to merge."""
+    body = []
+    for row in rows:
+        entry = row.get("entry")
+        if entry is None:
+            body.append([row["op"], row["case"], row.get("outcome") or row["status"], "", "", "", _why(row)])
+            continue
+        config = " ".join(f"{name}={value}" for name, value in entry["config"].items())
+        figures = [_number(entry.get(name), 1) for name in ("us", "heuristic_us", "floor_us")]
+        body.append([row["op"], row["case"], row["outcome"], *figures, config])
+    head = ["op", "case", "came to", "us", "heuristic us", "bf16 us", "Config"]
+    return "## Tuning: proposals in tuned/\n\n" + _table(head, body) if body else ""
 
 
 def _models(rows: Sequence[Mapping[str, Any]]) -> str:
