@@ -295,13 +295,26 @@ def moe(
     return moe_matmul(hq, w2, ids, weights, sh, x.dtype, impl=impl)
 
 
-def prepare_experts(w: ExpertsTensor, device: torch.device | str, impl: str | None = None) -> ExpertsTensor:
-    """`w` on `device`, packed for the body that serves there (or for the one that `impl` names). Once, at load."""
+def prepare_experts(
+    w: ExpertsTensor, device: torch.device | str, impl: str | None = None, *, self_test: bool = True
+) -> ExpertsTensor:
+    """`w` on `device`, packed for the body that serves there (or for the one that `impl` names). Once, at load.
+
+    Each distinct shape is tried once per process against the reference, as in `prepare`; Unsupported when it fails.
+    """
     device = torch.device(device)
-    packings = moe_matmul.contract.PACKINGS[moe_matmul.body_on(device.type, impl).name]
+    body = moe_matmul.body_on(device.type, impl)
+    packings = moe_matmul.contract.PACKINGS[body.name]
     if w.spec.float_format is not None or (w.spec.weight_bits, w.spec.act_bits) not in ((4, 16), (8, 8)):
         raise Unsupported(f"moe_matmul: no body multiplies experts in {w.spec}; quantize them to w4a16-g128 or w8a8")
-    return layout.repack_experts(w, packings[w.spec.weight_bits], device)
+    packed = layout.repack_experts(w, packings[w.spec.weight_bits], device)
+    slow = device.type in body.by_name_on
+    fault = _self_test.experts_fault(moe_matmul, body.name, packed) if self_test and not slow else None
+    if fault is not None:
+        remedy = "try another Triton or driver, and report it; self_test=False loads it as is"
+        what = f"moe_matmul {body.name} failed its self-test at {w.shape} {w.spec} on {device}: {fault}"
+        raise Unsupported(f"{what}; its numbers cannot be trusted here: {remedy}")
+    return packed
 
 
 class QuantLinear(nn.Module):

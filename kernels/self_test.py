@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..formats.layout import repack
-from ..formats.tensor import QuantTensor
-from .conformance import difference
+from ..formats.layout import repack, stack_experts
+from ..formats.tensor import ExpertsTensor, QuantTensor
+from .conformance import difference, faults
 from .op import Op
 
 TOKENS = (1, 17)
@@ -32,7 +32,7 @@ Arrange = Callable[
 _RESULTS: dict[tuple, str | None] = {}
 
 
-def key_of(ops: Sequence[Op], bodies: Sequence[str], w: QuantTensor, options: tuple = ()) -> tuple:
+def key_of(ops: Sequence[Op], bodies: Sequence[str], w: QuantTensor | ExpertsTensor, options: tuple = ()) -> tuple:
     """What one test stands for."""
     device = w.data.device
     return tuple(op.name for op in ops), tuple(bodies), str(w.spec), w.shape, w.packing, str(device), options
@@ -56,11 +56,20 @@ def fault(
 
     Asked once per key; afterwards the answer is remembered. Whatever a body raises is a fault too.
     """
-    key = key_of(ops, bodies, w, options)
+    return _remembered(key_of(ops, bodies, w, options), lambda: _tried(ops, bodies, w, arrange))
+
+
+def experts_fault(op: Op, body: str, w: ExpertsTensor) -> str | None:
+    """As `fault`, for the op of a stack of experts: both of its faces, on the first two experts. On a CPU, and of a tall
+    weight, on its last rows; these are a weight of their own, so half of them may be gate rows."""
+    return _remembered(key_of((op,), (body,), w), lambda: _experts_tried(op, body, w))
+
+
+def _remembered(key: tuple, test: Callable[[], str | None]) -> str | None:
     if key not in _RESULTS:
         try:
             with torch.no_grad():
-                _RESULTS[key] = _tried(ops, bodies, w, arrange)
+                _RESULTS[key] = test()
         except Exception as error:  # a compiler's, a driver's, a library's: none of them may reach the first request
             _RESULTS[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return _RESULTS[key]
@@ -117,4 +126,28 @@ def _tried(ops: Sequence[Op], bodies: Sequence[str], w: QuantTensor, arrange: Ar
         )
         if wrong is not None:
             return wrong
+    return None
+
+
+def _experts_tried(op: Op, body: str, w: ExpertsTensor) -> str | None:
+    device, (count, n, k) = w.data.device, w.shape
+    most = CPU_ROWS if device.type == "cpu" else 4 * CPU_ROWS
+    start, count = max(0, n - most) // 64 * 64, min(count, 2)
+    plain = stack_experts((repack(rows_of(w.expert(e), start, n), "plain") for e in range(count)), count)
+    dtype = torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+    random = torch.Generator(device).manual_seed(n * 1_000_003 + k)
+    for m in TOKENS:
+        ids = torch.randint(0, count, (m, 2), generator=random, device=device, dtype=torch.int32)
+        for weights in (torch.rand(m, 2, generator=random, device=device), None):
+            if weights is None and plain.shape[1] % 2:
+                continue
+            rows = m if weights is None else 2 * m
+            x, sx = torch.randn(rows, k, generator=random, device=device), None
+            if w.spec.act_bits == 8:
+                x, sx = (40 * x).clamp(-127, 127).to(torch.int8), torch.rand(rows, generator=random, device=device) / 40
+            else:
+                x = x.to(dtype)
+            wrong = faults(op, body, (x, plain, ids, weights, sx, dtype))
+            if wrong:
+                return f"{wrong[0]}, {m} tokens, {'up' if weights is None else 'down'}"
     return None

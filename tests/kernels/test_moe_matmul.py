@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 
 from percard.formats import affine, layout
 from percard.formats.spec import FormatError, QuantSpec
-from percard.kernels import device, linear, op
+from percard.kernels import device, linear, op, self_test
 from percard.kernels.conformance import answer, faults, packed, poisoned_memory
 from percard.kernels.moe_matmul import cases, moe_matmul
 from percard.kernels.moe_matmul.cases import ExpertsCase, small
@@ -292,16 +293,20 @@ def test_every_config_gives_the_same_bits(up: bool, spec: str, seed: int) -> Non
     assert all(torch.equal(found[0], each) for each in found)
 
 
-@pytest.mark.skipif(INTERPRETED or device.has_card(), reason="already in the interpreter, or there is a card")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install triton")
-def test_triton_body_in_the_interpreter() -> None:
+def run_interpreted(**changes: str) -> None:
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-x", "-k"]
     command.append("triton or routes_hold or every_config")
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | changes
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED or device.has_card(), reason="already in the interpreter, or there is a card")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install triton")
+def test_triton_body_in_the_interpreter() -> None:
+    run_interpreted()
 
 
 @pytest.mark.gpu
@@ -451,3 +456,32 @@ def test_a_stack_of_experts_holds_each(seed: int) -> None:
         layout.stack_experts([weights[0], other], 3)
     with pytest.raises(FormatError, match="scale of 3 experts has shape"):
         replace(stack, scale=stack.scale[:2])
+
+
+@pytest.mark.skipif(moe_matmul.body("cpu").absent("cpu") is not None, reason="the C++ module is not here")
+@pytest.mark.parametrize("spec", ["w4a16-g32-asym", "w8a8"])
+def test_experts_are_tried_at_load(spec: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(self_test, "_RESULTS", {})
+    monkeypatch.setattr(self_test, "CPU_ROWS", 64)
+    stack = cases.experts(small(1, 150, 96, spec, FP16, 3, 1, True), torch.Generator().manual_seed(seed))
+    packed_stack = linear.prepare_experts(stack, "cpu")
+    assert packed_stack.packing.startswith("rows16_k4_") and list(self_test._RESULTS.values()) == [None]
+
+    def wrong(*flat: Any) -> torch.Tensor:
+        return CONTRACT.out_like(*flat).fill_(1)
+
+    monkeypatch.setattr(self_test, "_RESULTS", {})
+    monkeypatch.setitem(moe_matmul._runs, "cpu", wrong)
+    with pytest.raises(Unsupported, match=r"moe_matmul cpu failed its self-test at \(3, 150, 96\) .* 1 tokens, down"):
+        linear.prepare_experts(stack, "cpu")
+    assert linear.prepare_experts(stack, "cpu", self_test=False).packing == packed_stack.packing
+
+
+@pytest.mark.full
+def test_triton_body_in_the_interpreter_of_the_oldest_triton() -> None:
+    folder = os.environ.get("PERCARD_TRITON", "")
+    if not (Path(folder) / "triton").is_dir():
+        pytest.skip("Triton 3.6.0 is not here; make test-full brings it, or name its folder in PERCARD_TRITON")
+    if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
+        pytest.skip(f"the interpreter of Triton 3.6 needs numpy below 2.4, here is {numpy.__version__}")
+    run_interpreted(PYTHONPATH=os.pathsep.join([folder, *(p for p in sys.path if p)]))
