@@ -192,9 +192,10 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> str:
         latency, base = row["latency_us"], _base(row)
         rivals = [r for r in row.get("against") or () if r["status"] == "ok" and r is not base]
         best = min((r for r in rivals if not r["impl"].startswith("torch ")), key=lambda r: r["median"], default=None)
+        tuned = (row.get("code") or {}).get("config_source") == "tuned"
         body.append(
             [
-                row["case"],
+                row["case"] + (" (tuned here)" if tuned else ""),
                 row["scheme"]["spec"],
                 _number(latency["median"], 1),
                 f"{_number(latency['lo'], 1)}-{_number(latency['hi'], 1)}",

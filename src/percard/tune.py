@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .kernels import device, tuner, tuning
+from .kernels import device, dispatch, tuner, tuning
 from .quant.progress import Progress
 
 if TYPE_CHECKING:
@@ -93,8 +93,10 @@ def _listed(found: Sequence[tuner.Problem], folder: Path, again: bool) -> Tuned:
     triton = tuner.triton_version()
     lines = []
     for problem, wanted in tuner.plan(found, folder, card, triton, again):
-        count = len(problem.subject.gpu.candidates(problem.shape, card))
-        lines.append(_line(problem, "to do" if wanted else "there", f"{count} candidates beside the heuristic's"))
+        gpu = problem.subject.gpu
+        now = dispatch.config_words(gpu, problem.shape, card, triton)
+        words = f"{len(gpu.candidates(problem.shape, card))} candidates; now {now}"
+        lines.append(_line(problem, "to do" if wanted else "there", words))
     name = card.name if device.has_card() else f"{card.name} (no card here: as it would be there)"
     return Tuned(name, triton, folder, tuple(lines), 0.0, dry=True)
 

@@ -34,7 +34,7 @@ def test_a_dry_run_lists_the_work_anywhere(percard: Callable[..., Any], tmp_path
     text = percard("tune", "--model", "qwen3-0.6b", "--dry-run").out
     assert (
         all(name in text for name in ("quantize_rows", "matmul_w8a8", "matmul_w4a8"))
-        and "candidates beside the heuristic's" in text
+        and "candidates; now Config(" in text
     )
     if not device.has_card():
         assert "no card here: as it would be there" in text
