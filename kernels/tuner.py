@@ -153,7 +153,8 @@ def names() -> list[str]:
 def problems(which: Iterable[Subject], model: str | None = None) -> list[Problem]:
     """Real cases, one per layer and bucket, by worth: M as in WORTH, then the largest layers. FormatError for a model
     that no op has cases of."""
-    subjects, found = list(which), {}
+    subjects = list(which)
+    found: dict[tuple, Problem] = {}
     for each in subjects:
         for case in each.cases.CASES:
             if not case.real or (model is not None and not case.name.startswith(f"{model}.")):
