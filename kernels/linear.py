@@ -197,7 +197,8 @@ def prepare(
     passes.
     """
     device = torch.device(device)
-    ops, wrong = ops_of(w.spec), []
+    ops = ops_of(w.spec)
+    wrong: list[str] = []
     for names in _bodies(ops, device.type, impl):
         body = ops[-1].body(names[-1])
         packed = w
