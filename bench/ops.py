@@ -155,7 +155,7 @@ def _time(
 ) -> dict[str, Any]:
     random = generator(problem, seed, where.type)
     x, plain = activations(problem, random), weight(problem, random)
-    ready = prepare(plain, where, impl)
+    ready = prepare(plain, where, impl, self_test=False)  # the gate has compared it at this very shape
     cache = card.last_level_cache(where)
     against: list[dict[str, Any]] = []
     turns: dict[str, list[Callable[[], Any]]] = {}

@@ -68,13 +68,14 @@ def config_words(gpu: Any, shape: Any, card: Any, triton_version: str, invariant
     if invariant and hasattr(gpu, "invariant"):
         return f"{gpu.invariant(shape, card)}, the same for every M (batch_invariant)"
     config = gpu.config_for(shape, card)
+    way = f"; {gpu.why(config, shape, card)}" if hasattr(gpu, "why") else ""
     path = Path(gpu.__file__).with_name("tuned.json")
     names = getattr(gpu, "Shape", tuning.Shape)._fields
     entry = tuning.entries(path, triton_version, gpu.OP_VERSION, names).get(tuning.key(shape, card))
     if entry is None:
-        return f"{config}, by the heuristic for M <= {1 << tuning.bucket(shape.m)}: nothing measured"
+        return f"{config}, by the heuristic for M <= {1 << tuning.bucket(shape.m)}, nothing measured{way}"
     times = [f"{entry[name]:.1f} us {word}" for name, word in _TIMES if entry.get(name)]
-    return f"{config}, measured for M <= {1 << tuning.bucket(shape.m)}: {', '.join(times)}"
+    return f"{config}, measured for M <= {1 << tuning.bucket(shape.m)}: {', '.join(times)}{way}"
 
 
 _TIMES = (("us", "this one"), ("heuristic_us", "the heuristic's"), ("floor_us", "torch bf16"))

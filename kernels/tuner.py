@@ -215,7 +215,10 @@ def run(
             yield Outcome(problem, "cut", "no time was left")
             continue
         began = now()
-        outcome = measure(problem, machine, seed)
+        try:
+            outcome = measure(problem, machine, seed)
+        except torch.OutOfMemoryError as error:
+            outcome = Outcome(problem, "failed", f"out of memory: {' '.join(str(error).split())[:200]}")
         longest = max(longest, now() - began)
         if outcome.entry is not None:
             tuning.store(file_of(problem.subject, out), outcome.entry)

@@ -58,6 +58,17 @@ def invariant(shape: tuning.Shape, card: Card) -> Config:
     return Config(128, 64, 1, split, False, 8, 8, 3)
 
 
+def why(config: Config, shape: tuning.Shape, card: Card) -> str:
+    """The way of a Config in words, with the figures that the heuristic goes by: computed for an H200, not measured."""
+    if config.dequantize_mb:
+        share = 1 / (1 + 190 / (1 << tuning.bucket(shape.m)))
+        return f"way D, chunks of {config.dequantize_mb} MB: computed {share:.2f} of bf16's rate"
+    if config.scale_weight:
+        return "way C, scaled weights: expected 0.75 to 0.85 of bf16's rate"
+    programs = -(-shape.n // config.block_n) * -(-shape.m // config.block_m) * config.split_k
+    return f"way A, exact weights: {programs} programs for {card.sms} SMs, {config.split_k} parts of K"
+
+
 def candidates(
     shape: tuning.Shape, card: Card, heuristic: Callable[[tuning.Shape, Card], Config], codes_per_word: int
 ) -> list[Config]:

@@ -23,10 +23,10 @@ import triton.language as tl
 from .. import device, tuning, weight_only_plan
 from ..device import Card
 from ..tiles import Launch, Product, start, tile_index, unpack_plane16, word_scale
-from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant
+from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant, why
 from . import contract
 
-__all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "start"]
+__all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "start", "why"]
 
 OP = contract.OP
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing

@@ -101,7 +101,9 @@ def test_words_of_a_config(tmp_path: Path) -> None:
     card, shape = ARCHS["sm_90"], tuning.Shape(3, 4096, 4096, 128, torch.bfloat16)
     gpu.config_for.cache_clear()
     text = dispatch.config_words(gpu, shape, card, "3.9.0")
-    assert "by the heuristic for M <= 4" in text
+    assert "by the heuristic for M <= 4, nothing measured; way A, exact weights: 128 programs for 132 SMs" in text
+    prompt = dispatch.config_words(gpu, shape._replace(m=2000), card, "3.9.0")
+    assert "way D, chunks of 32 MB: computed 0.92 of bf16's rate" in prompt
     key = {"card": card.name, "triton": "3.9", "op_version": gpu.OP_VERSION, "m_bucket": 2, "n": 4096, "k": 4096}
     key |= {"group": 128, "dtype": "bfloat16", "us": 9.0, "heuristic_us": 10.0, "floor_us": 20.0}
     config = vars(gpu.heuristic(shape, card)) | {"num_stages": 5}
