@@ -15,7 +15,16 @@ from percard.kernels.inspection import ARCHS
 from percard.kernels.machine_code import hot_loop, instructions
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-OPS = ["matmul_w4a16", "matmul_w4a8", "matmul_w8a16", "matmul_w8a8", "moe_matmul", "quantize_rows"]
+OPS = [
+    "matmul_w4a16",
+    "matmul_w4a8",
+    "matmul_w8a16",
+    "matmul_w8a8",
+    "moe_matmul",
+    "quantize_rows",
+    "rmsnorm_quantize",
+    "silu_mul_quantize",
+]
 FIELDS = [
     "op",
     "config",
