@@ -16,6 +16,8 @@ from ..rows import Rows
 from ..tiles import FUSION, Launch, row_code, row_scale, silu, start
 from . import contract
 
+OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
+
 
 @triton.jit
 def _product(gate_row, up_row, offs, inside):
@@ -81,9 +83,16 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     return Config(block_k=block, num_warps=min(max(block // 256, 1), 8))
 
 
+def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
+    """What a tuner tries beside the heuristic: half and a quarter of the block, more or fewer warps. None changes a bit."""
+    base = heuristic(shape, card)
+    changes = [{"block_k": base.block_k // d, "num_warps": w} for d in (1, 2, 4) for w in (1, 2, 4, 8, 16)]
+    return tuning.variants(base, changes, lambda c: c.block_k >= max(128, 32 * c.num_warps))
+
+
 @functools.cache
 def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__)
+    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
 
 
 @functools.lru_cache(maxsize=4096)

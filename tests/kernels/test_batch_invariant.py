@@ -100,6 +100,25 @@ def test_a_hundred_runs_have_the_same_bits(body: Any, seed: int) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"{spec} M = {m}"
 
 
+def of_producers(test: Any) -> Any:
+    test.ops = ("rmsnorm_quantize", "silu_mul_quantize")  # conftest.py reads it
+    return test
+
+
+@of_producers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_producers_too(body: Any, dtype: torch.dtype, seed: int) -> None:
+    """A row alone, then a hundred runs: no op of the serving path depends on the batch or the day."""
+    case = shapes.small(17, 0, 515, dtype=dtype, bias=body.op.name == "rmsnorm_quantize")
+    x, *rest = body.cases.inputs(case, seed, body.where)
+    batch = answer(body.op, body.name, (x, *rest))
+    for rows in (slice(0, 1), slice(16, 17), slice(3, 9)):
+        given = [a[rows] if isinstance(a, torch.Tensor) and a.ndim == 2 else a for a in rest]
+        assert same(answer(body.op, body.name, (x[rows], *given)), batch, rows), f"rows {rows}"
+    for _ in range(2 if interpreted(body) else 100):
+        assert same(answer(body.op, body.name, (x, *rest)), batch, slice(None))
+
+
 @pytest.mark.gpu
 def test_a_hundred_runs_beside_other_work(body: Any, seed: int) -> None:
     """At sizes that split K, with a stream of products of torch on the card meanwhile."""
