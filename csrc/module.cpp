@@ -66,10 +66,10 @@ void moe_matmul(Address x, Address sx, Address w, Address scale, Address zero, A
 }
 
 void matmul_w4a8(Address xq, Address sx, Address w, Address scale, Address bias, Address y, int64_t m, int64_t n,
-                 int64_t k, int64_t group, int64_t stride_xm, int y_dtype, Address xsum) {
+                 int64_t k, int64_t group, int64_t stride_xm, int y_dtype, Address xsum, Address row_scale) {
     expect_group(group, k);
     ops().matmul_w4a8({at<int8_t>(xq), at<float>(sx), at<int32_t>(xsum), at<uint8_t>(w), at<float>(scale),
-                       at<float>(bias), at<void>(y), m, n, k, group, stride_xm, y_dtype});
+                       at<float>(bias), at<void>(y), m, n, k, group, stride_xm, y_dtype, at<float>(row_scale)});
 }
 
 void search_scale(Address w, Address out, int64_t n, int64_t k, int64_t stride_wn, int bits, int64_t group,
@@ -121,7 +121,7 @@ NB_MODULE(_cpu, module) {
     matmul_a16("matmul_w4a16", &percard::matmul_a16<&percard::Ops::matmul_w4a16>);
     matmul_a16("matmul_w8a16", &percard::matmul_a16<&percard::Ops::matmul_w8a16>);
     module.def("matmul_w4a8", &percard::matmul_w4a8, "xq"_a, "sx"_a, "w"_a, "scale"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
-               "k"_a, "group"_a, "stride_xm"_a, "y_dtype"_a, "xsum"_a, nogil());
+               "k"_a, "group"_a, "stride_xm"_a, "y_dtype"_a, "xsum"_a, "row_scale"_a = 0, nogil());
     module.def("moe_matmul", &percard::moe_matmul, "x"_a, "sx"_a, "w"_a, "scale"_a, "zero"_a, "ids"_a, "weights"_a,
                "y"_a, "tokens"_a, "topk"_a, "experts"_a, "n"_a, "k"_a, "group"_a, "stride_xm"_a, "stride_se"_a,
                "x_dtype"_a, "y_dtype"_a, "batch_invariant"_a, nogil());

@@ -69,7 +69,8 @@ struct MatmulA16 {
     bool batch_invariant;  // the bits of a row do not depend on m
 };
 
-// y = (sum over groups, ascending, by fused multiply-add, of scale * (int32 sum of q * xq)) * sx + bias
+// y = (sum over groups, ascending, by fused multiply-add, of scale * (int32 sum of q * xq)) * sx + bias, or, with
+// scale = row_scale * m, m = 0..16: y = (int32 sum of q * m * xq) * row_scale * sx + bias
 struct MatmulW4A8 {
     const int8_t* xq;     // [m, k], rows stride_xm apart
     const float* sx;      // [m]
@@ -80,6 +81,7 @@ struct MatmulW4A8 {
     void* y;              // y_dtype [m, n]
     int64_t m, n, k, group, stride_xm;
     int y_dtype;
+    const float* row_scale;  // [n rounded up to 16] or null
 };
 
 // up (weights null): y[t * topk + j] = silu(gate) * up, the halves of x[t] @ w[ids[t, j]]^T

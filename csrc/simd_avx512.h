@@ -35,6 +35,7 @@ PERCARD_INLINE F32 fma(F32 x, F32 y, F32 z) { return {_mm512_fmadd_ps(x.v, y.v, 
 PERCARD_INLINE F32 madd(F32 x, F32 y, F32 z) { return fma(x, y, z); }
 PERCARD_INLINE I32 add(I32 x, I32 y) { return {_mm512_add_epi32(x.v, y.v)}; }
 PERCARD_INLINE I32 sub(I32 x, I32 y) { return {_mm512_sub_epi32(x.v, y.v)}; }
+PERCARD_INLINE I32 mul(I32 x, I32 y) { return {_mm512_mullo_epi32(x.v, y.v)}; }
 PERCARD_INLINE I32 bit_and(I32 x, I32 y) { return {_mm512_and_si512(x.v, y.v)}; }
 template <int kBits>
 PERCARD_INLINE I32 shift_right(I32 x) {

@@ -49,6 +49,9 @@ PERCARD_INLINE I32 add(I32 a, I32 b) {
 PERCARD_INLINE I32 sub(I32 a, I32 b) {
     PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - b.v[i]));
 }
+PERCARD_INLINE I32 mul(I32 a, I32 b) {
+    PERCARD_LANES(I32, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * b.v[i]));
+}
 PERCARD_INLINE I32 bit_and(I32 a, I32 b) { PERCARD_LANES(I32, a.v[i] & b.v[i]); }
 template <int kBits>
 PERCARD_INLINE I32 shift_right(I32 a) {  // logical

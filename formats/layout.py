@@ -16,6 +16,10 @@ What is common to all:
   int8 [groups, Np], signed as on disk, or None. With a group G, groups = Kp/G; without one, groups = 1.
 - `planes16_w4`, and `planes16_w8` of an asymmetric spec, keep scale and zero point in one int32 word per group and row, in
   `scale`; `zero` is None (`scale_words`). A kernel loads it once, and ahead of time, since it feeds the product.
+- 4-bit codes in groups for int8 activations (w4a8-gN) whose scales are two-level, s[n, g] = S[n] * m[n, g] with m = 1..16
+  (affine.two_level), have one more row of `scale` in `planes8_w4` and `rows16_k4_w4`: the last one is S, 1 in padding
+  (`row_scale`). q * m is an int8 then, and sums stay int32 over all of K. The rows before it are s in `rows16_k4_w4`, so that
+  whoever does not care reads on as ever, and m itself in `planes8_w4`, so that a kernel has nothing to divide.
 - Padding counts nothing: the padded rows and groups have scale 0 and zero 0 and the code 0; columns that are padded inside
   the group of a true row (specs without a group) hold the row's zero point, so that code - zero = 0.
 - `shape` stays the true (N, K).
@@ -31,6 +35,7 @@ from dataclasses import replace
 
 import torch
 
+from .affine import two_level
 from .spec import FormatError, QuantSpec
 from .tensor import ExpertsTensor, QuantTensor
 
@@ -49,6 +54,30 @@ def padded_shape(shape: tuple[int, int], packing: str) -> tuple[int, int]:
 def has_words(spec: QuantSpec, packing: str) -> bool:
     """Whether `scale` of a packed weight is int32, scale and zero point in one word (`scale_words`)."""
     return packing == "planes16_w4" or (packing == "planes16_w8" and not spec.symmetric)
+
+
+def has_row_scale(scale: torch.Tensor, k: int, group: int) -> bool:
+    """Whether the packed `scale` of a weight with K = k ends with the row S of two-level scales."""
+    return group != k and scale.shape[0] * group > -(-k // BLOCK) * BLOCK
+
+
+def row_scale(scale: torch.Tensor, k: int, group: int) -> torch.Tensor | None:
+    """S fp32 [Np] of the packed `scale` of a weight with K = k, or None when it has no such row."""
+    return scale[-1] if has_row_scale(scale, k, group) else None
+
+
+def _two_level(qt: QuantTensor, packing: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(S, m) of a plain weight (affine.two_level) if its scales are two-level and somebody multiplies them so."""
+    spec = qt.spec
+    many = spec.group is not None and qt.scale.shape[1] > 1 and qt.scale.shape[0] > 0
+    if not many or spec.act_bits != 8 or not spec.symmetric or packing not in ("planes8_w4", "rows16_k4_w4"):
+        return None
+    if two_level(qt.scale[:16]) is None:  # most foreign files end here, soon
+        return None
+    found = two_level(qt.scale)
+    if found is None or float(found[0].min()) < 2.0**-100:  # bodies divide by S
+        return None
+    return found
 
 
 def storage(shape: tuple[int, int], packing: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -110,6 +139,13 @@ def _pack(qt: QuantTensor, packing: str, bits: int, to_data: Callable[[torch.Ten
     padded_groups = 1 if qt.spec.group is None else k // qt.spec.group
     scale = torch.zeros(padded_groups, n, dtype=torch.float32, device=device)
     scale[:groups, :rows] = qt.scale.t()
+    levels = _two_level(qt, packing)
+    if levels is not None:
+        last = torch.ones(1, n, dtype=torch.float32, device=device)
+        last[0, :rows] = levels[0][:, 0]
+        if packing == "planes8_w4":
+            scale[:groups, :rows] = levels[1].t()
+        scale = torch.cat((scale, last))
     zero = None
     if qt.zero is not None:
         zero = torch.zeros(padded_groups, n, dtype=torch.int8, device=device)
@@ -133,6 +169,9 @@ def _unpack(
         codes[start:last] = part - 8 if bits == 4 else part
     groups = qt.spec.groups(columns)
     scale = qt.scale[:groups, :rows].t().contiguous()
+    row = row_scale(qt.scale, columns, qt.spec.group or columns)
+    if row is not None and packing == "planes8_w4":
+        scale *= row[:rows, None]
     zero = None if qt.zero is None else qt.zero[:groups, :rows].t().contiguous()
     return replace(qt, data=codes, scale=scale, zero=zero, packing="plain")
 

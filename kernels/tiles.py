@@ -320,6 +320,34 @@ def silu(x):
     return tl.div_rn(x, exp(-x) + 1.0)
 
 
+# Two-level scales s = S * m multiply the code by m = 1..16 and stay int8. r holds four codes u = 0..15, and no lane of
+#
+#     r * m + c,   c = (128 - 8 m) * 0x01010101        u m + 128 - 8 m  =  q m + 128, at least 0 and at most 240
+#
+# carries into the next; ^ 0x80808080 takes the 128 back. Three or four instructions for four weights. QServe
+# (mit-han-lab/omniserve) multiplies registers of four codes too, and subtracts by an instruction of its own.
+
+
+@triton.constexpr_function
+def _plane8_times(plane: int) -> str:
+    shift = "shr.u32 t, $1, 4;" if plane else "mov.b32 t, $1;"
+    times = "and.b32 t, t, 0x0F0F0F0F; mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080;"
+    return f"{{ .reg .b32 t; {shift} {times} }}"
+
+
+@triton.jit
+def unpack_plane8_times(w_packed, m, PLANE: tl.constexpr, USE_ASM: tl.constexpr):
+    """Plane `PLANE` of bytes int8 [BLOCK_N, J] -> int8 [BLOCK_N, J], the signed code times m, int32 [BLOCK_N] in 0..16."""
+    if USE_ASM:
+        add = m * -0x08080808 - 0x7F7F7F80
+        args = [w_packed, m[:, None], add[:, None]]
+        w = tl.inline_asm_elementwise(_plane8_times(PLANE), "=r,r,r,r,r,r,r,r,r,r", args, tl.int8, is_pure=True, pack=4)
+    else:
+        code = ((w_packed >> (4 * PLANE)) & 0xF).to(tl.int32) - 8
+        w = (code * m[:, None]).to(tl.int8)
+    return w
+
+
 @triton.jit(do_not_specialize=["M"])
 def add_slices(
     part_ptr, sx_ptr, sw_ptr, bias_ptr, y_ptr,

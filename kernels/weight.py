@@ -66,7 +66,9 @@ def check_weight(
         # Scale words hold scale and zero point in one int32 (formats/layout.py).
         if scale.dtype != torch.float32 and (scale.dtype != torch.int32 or not packing.startswith("planes16_")):
             raise ValueError(f"{op}: scale is {scale.dtype}, expected float32 in packing {packing}; pack it again")
-    if scale.shape != (rows, columns) and not (group == k and scale.ndim == 2 and _is_padded(scale, columns, packing)):
+    if scale.shape != (rows, columns) and not (
+        scale.ndim == 2 and _has_more(scale, rows, columns, group == k, packing)
+    ):
         raise ValueError(
             f"{op}: scale has shape {tuple(scale.shape)}, expected {(rows, columns)} for group {group} in packing {packing}"
         )
@@ -76,9 +78,13 @@ def check_weight(
         raise ValueError(f"{op}: w, scale or zero is not contiguous; call .contiguous() once at load")
 
 
-def _is_padded(scale: torch.Tensor, columns: int, packing: str) -> bool:
-    """A spec that names a group as long as K packs further rows of scales behind the first; they belong to padding."""
-    return packing != "plain" and scale.shape[1] == columns and scale.shape[0] > 1
+def _has_more(scale: torch.Tensor, rows: int, columns: int, one_group: bool, packing: str) -> bool:
+    """Rows behind those of the groups: of padding when a spec names a group as long as K; the row S of two-level scales."""
+    if packing == "plain" or scale.shape[1] != columns:
+        return False
+    if one_group:
+        return scale.shape[0] > 1
+    return packing in ("planes8_w4", "rows16_k4_w4") and scale.shape[0] == rows + 1
 
 
 def check_rows(op: str, x: torch.Tensor, k: int, name: str = "x") -> None:

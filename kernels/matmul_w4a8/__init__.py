@@ -5,6 +5,13 @@
 q in -8..7; a body that stores u = q + 8 takes 8 * xsum back, where xsum[m] = sum_k xq[m, k] comes from quantize_rows.
 Sums of a group are exact int32; over groups fp32, ascending; then sx, bias and one rounding to `out_dtype`. With one
 group per row the sum is exact, so row m alone has the same bits as row m in any batch.
+
+Two-level scales, s[n, g] = S[n] * m[n, g] with m = 1..16 (formats/affine.py; `percard quantize` makes no others for this op):
+
+    y[m, n] = sx[m] * S[n] * (sum_k xq[m, k] * (q[n, k] * m[n, g])) + bias[n]
+
+q * m lies in -128..112, so all of K is one int32 sum, exact again. A body takes this way when the packed weight says so
+(formats/layout.py); other group scales are fp32 as above.
 """
 
 from ..op import Op, cpu_body, reference_body, triton_body

@@ -1,10 +1,12 @@
 """Triton body of matmul_w4a8: y^T = W @ x^T in int8; 4-bit codes become int8 in registers on their way to the MMA.
 
-Two kernels: one scale per row (int32 sums over all of K, exact), and group scales (int32 within a group, then one fp32
-multiply-add per accumulator and group; as fast below M = 64, slower above).
+Three kernels: one scale per row (int32 sums over all of K, exact); group scales (int32 within a group, then one fp32
+multiply-add per accumulator and group; as fast below M = 64, slower above); and two-level group scales, whose integer part
+multiplies the codes, so that sums are int32 over all of K again (formats/layout.py says which weights have them).
 
-The zero point is gone before the product: the unpacking turns the stored u = q + 8 into 16 q, so neither kernel needs the
-row sums `xsum`. It costs the same three instructions for eight weights as leaving u unsigned.
+The zero point is gone before the product: the unpacking turns the stored u = q + 8 into 16 q, or into q times the integer of
+its group, so no kernel needs the row sums `xsum`. 16 q costs the same three instructions for eight weights as leaving u
+unsigned.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...formats.layout import row_scale
 from .. import device, tuning
 from ..device import Card
 from ..tiles import (
@@ -28,6 +31,7 @@ from ..tiles import (
     start,
     tile_index,
     unpack_plane8,
+    unpack_plane8_times,
     unpack_plane8_with,
 )
 from . import contract
@@ -155,6 +159,68 @@ def matmul_w4a8_groups_kernel(
     tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n[None, :])
 
 
+@triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
+def matmul_w4a8_two_level_kernel(
+    x_ptr, w_ptr, sx_ptr, times_ptr, sw_ptr, bias_ptr, y_ptr,
+    M, N, K, N_PAD, steps_per_split,
+    stride_xm, stride_wn, stride_ym,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, USE_ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RASTER: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = (sum_k x[m, k] * (q[n, k] * times[n, k // GROUP])) * sx[m] * sw[n] + bias[n]
+
+    As matmul_w4a8_groups_kernel, with times fp32 [groups, N_PAD], integers of 1..16 (0 in padding), and sw fp32 [N_PAD]: codes
+    become int8 q * times in registers, sums are int32 over all of K. PARTIAL: y is int32 [splits, M, N].
+
+        W  [BLOCK_N, J] bytes, pieces and planes as there  ->  [BLOCK_N, J] of q * times  @  x^T [J, BLOCK_M]
+
+    Source: progressive group quantisation after QServe (arXiv 2405.04532).
+    """
+    PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
+    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
+    split = tl.program_id(1)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_j = tl.arange(0, PIECE)
+    rows = offs_n % N_PAD
+    mask_n, mask_m = offs_n < N, offs_m < M
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128))
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + (first * 64 + offs_j)[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * 128 + offs_j)[:, None]
+    times_ptrs = times_ptr + first.to(tl.int64) * (128 // GROUP) * N_PAD + rows
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for step in range(first, last):
+        for p in tl.static_range(2):
+            for h in tl.static_range(64 // PIECE):
+                k = 64 * p + PIECE * h
+                w_packed = tl.load(w_ptrs + PIECE * h, eviction_policy="evict_first")  # [BLOCK_N, PIECE]
+                inside = mask_m[None, :]
+                if not EVEN_K:
+                    inside = inside & (step * 128 + k + offs_j < K)[:, None]
+                x = tl.load(x_ptrs + k, mask=inside, other=0, eviction_policy="evict_last")  # [PIECE, BLOCK_M]
+                if (64 * p + PIECE * h) % GROUP == 0:
+                    times = tl.load(times_ptrs + ((64 * p + PIECE * h) // GROUP) * N_PAD)  # [BLOCK_N]
+                w = unpack_plane8_times(w_packed, times.to(tl.int32), p, USE_ASM)  # [BLOCK_N, PIECE]
+                acc = tl.dot(w, x, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
+        w_ptrs += 64
+        x_ptrs += 128
+        times_ptrs += (128 // GROUP) * N_PAD
+
+    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if PARTIAL:
+        tl.store(y_ptrs, tl.trans(acc), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+    else:
+        sx = tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+        sw = tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+        y = acc.to(tl.float32) * sx[None, :] * sw[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        tl.store(y_ptrs, tl.trans(y).to(y_ptr.dtype.element_ty), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile of y^T, parts of K, rows of W tiles that share x in L2, warps, stages of the pipeline."""
@@ -174,9 +240,10 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     through tensor memory.
     """
     m, n = shape.m, shape.n
-    blackwell, per_row = card.sm >= 100, shape.group == shape.k
-    # Every group adds its int32 sums to fp32 sums: two accumulators, so narrower tiles, or registers spill.
-    widest = (64 if blackwell else 128) if per_row else (32 if shape.group < 64 else 64)
+    per_row = shape.group == shape.k or shape.group < 0
+    # Every group adds its int32 sums to fp32 sums, and rows of x that do not lie on 16 bytes go through registers: narrower
+    # tiles then, or registers spill.
+    widest = 128 if per_row and card.sm < 100 and shape.k % 16 == 0 else 64 if per_row or shape.group >= 64 else 32
     if m > 64:
         return Config(128, widest, 1, 8, 4 if widest == 32 else 8, 3)
     # Up to 64 tokens on a small layer two programs share the weight in L2, so that there are programs for every SM.
@@ -248,16 +315,16 @@ def plan(
 
     Memory beside the output: the parts of a split K, int32 or (group scales) fp32 [split, M, N], M <= 256 if batch_invariant.
     """
-    m = xq.shape[0]
-    config = config or config_for(tuning.Shape(m, n, k, group, out_dtype), card)
-    per_row = group == k
-    fixed = batch_invariant and not per_row
+    m, row = xq.shape[0], row_scale(scale, k, group)
+    exact = group == k or row is not None
+    config = config or config_for(tuning.Shape(m, n, k, group if row is None else -group, out_dtype), card)
+    fixed = batch_invariant and not exact
     split_k = invariant_split(tuning.Shape(1, n, k, group, out_dtype), card) if fixed else config.split_k
     each, split = tuning.cut(triton.cdiv(k, 128), split_k)
-    if not per_row and group not in (32, 64, 128):
+    if group != k and group not in (32, 64, 128):
         raise ValueError(f"{OP}: group is {group}, expected 32, 64, 128 or K = {k}")
     y = contract.out_like(xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype)
-    partial = torch.int32 if per_row else torch.float32
+    partial = torch.int32 if exact else torch.float32
     rows = min(m, INVARIANT_ROWS) if fixed and split > 1 else m
     space = xq.new_empty(split * rows * n, dtype=partial) if split > 1 else y
     options = {
@@ -273,19 +340,21 @@ def plan(
         "enable_fp_fusion": FUSION,
         **registers(card),
     }
-    kernel = matmul_w4a8_rows_kernel if per_row else matmul_w4a8_groups_kernel
-    options = options if per_row else {"GROUP": group, **options}
+    kernel = matmul_w4a8_rows_kernel if group == k else matmul_w4a8_groups_kernel
+    kernel = kernel if row is None else matmul_w4a8_two_level_kernel
+    options = options if group == k else {"GROUP": group, **options}
+    scales = (scale,) if row is None else (scale, row)
     launches = []
     for first in range(0, m, rows):
         x, sx_part, y_part = (t[first : first + rows] for t in (xq, sx, y))
         count = x.shape[0]
         out = y_part if split == 1 else space[: split * count * n].view(split, count, n)
         sizes = (count, n, k, w.shape[0], each, xq.stride(0), w.stride(0), out.stride(-2))
-        args = (x, w, sx_part, scale, sx if bias is None else bias, out, *sizes)
+        args = (x, w, sx_part, *scales, sx if bias is None else bias, out, *sizes)
         grid = (triton.cdiv(n, config.block_n) * triton.cdiv(count, config.block_m), split)
         launches.append(Launch(kernel, grid, args, options, (config.block_n, 128)))
         if split > 1:
-            launches.append(add_slices_launch(out, sx_part, scale if per_row else None, bias, y_part))
+            launches.append(add_slices_launch(out, sx_part, scales[-1] if exact else None, bias, y_part))
     return y, launches
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -165,6 +167,35 @@ def test_scale_words() -> None:
     assert float(((wide[0] - fine) / fine).abs().max()) <= 2.0**-16 and not wide[1].any()
     with pytest.raises(FormatError, match="zero points reach from -9 to -9"):
         layout.scale_words(torch.ones(1), torch.tensor([-9], dtype=torch.int8))
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(5, 96, 32), (70, 320, 64), (3, 512, 128)])
+def test_two_level_scales(n: int, k: int, group: int) -> None:
+    """S behind the rows of groups, m (or s, for C++) before it; only where somebody multiplies by m, and s comes back."""
+    plain = random_tensor(n, k, f"w4a8-g{group}")
+    m = torch.randint(1, 17, plain.scale.shape)
+    m[:, 0], m[:, -1] = 16, 15
+    s = torch.randint(8, 16, (n, 1)) * 2.0**-9
+    two = replace(plain, scale=(s * m).to(torch.bfloat16))
+    groups = padded_shape((n, k), "planes8_w4")[1] // group
+    for packing in ("planes8_w4", "rows16_k4_w4"):
+        packed = repack(two, packing)
+        assert packed.scale.shape[0] == groups + 1 and packed.scale.dtype == torch.float32
+        row = layout.row_scale(packed.scale, k, group)
+        assert row is not None and torch.equal(row[:n], s[:, 0]) and (row[n:] == 1).all()
+        before = packed.scale[: k // group, :n].t()
+        assert torch.equal(before, m.float() if packing == "planes8_w4" else two.scale.float())
+        assert torch.count_nonzero(packed.scale[k // group : -1]) == 0
+        back = repack(packed, "plain")
+        assert torch.equal(back.scale, two.scale.float()) and torch.equal(back.data, two.data)
+        for other in (plain, replace(two, spec=QuantSpec.parse(f"w4a16-g{group}"))):
+            usual = repack(other, packing)
+            assert usual.scale.shape[0] == groups and layout.row_scale(usual.scale, k, group) is None
+    assert repack(two, "planes16_w4").scale.shape[0] == groups
+    tiny = replace(two, scale=two.scale.float() * 2.0**-100)
+    assert repack(tiny, "planes8_w4").scale.shape[0] == groups, "bodies divide by S"
+    one = random_tensor(n, group, f"w4a8-g{group}")
+    assert layout.row_scale(repack(one, "planes8_w4").scale, group, group) is None
 
 
 def test_golden_lines() -> None:

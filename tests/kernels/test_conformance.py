@@ -255,6 +255,29 @@ def test_int8_sums_are_exact(body: Any, seed: int) -> None:
     assert torch.equal(answer(body.op, body.name, args)[0].cpu(), want.float())
 
 
+@only("matmul_w4a8")
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_two_level_sums_are_exact(body: Any, group: int, seed: int) -> None:
+    """Every code times every m = 1..16, in int32 over all of K: a row alone and each shard have the bits of the whole."""
+    k = 16 * group
+    args = inputs(body, 18, 40, k, seed, f"w4a8-g{group}", bias=False)
+    codes = torch.arange(-8, 8, dtype=torch.int8, device=body.where)
+    rows = torch.stack([codes.roll(i).repeat(k // 16) for i in range(40)])
+    m = torch.stack([torch.arange(1, 17, device=body.where).roll(i) for i in range(40)])
+    args = with_weight(args, data=rows.contiguous(), scale=(m * 2.0**-6).to(BF16))
+    args = (args[0], torch.ones_like(args[1]), *args[2:-1], FP32)
+    assert faults(body.op, body.name, args) == []
+    whole = rows.cpu().int() * m.cpu().int().repeat_interleave(group, 1)
+    assert int(whole.min()) == -128 and int(whole.max()) == 112
+    want = (args[0].cpu().int() @ whole.T).float() * 2.0**-6
+    got = answer(body.op, body.name, args)[0].cpu()
+    assert torch.equal(got, want)
+    for first, last in ((0, 1), (3, 7), (17, 18)):
+        alone = answer(body.op, body.name, (*(a[first:last] for a in args[:3]), *args[3:]))[0].cpu()
+        assert torch.equal(alone, want[first:last])
+    assert weight_of(packed(body.op, body.name, args)).scale.shape[0] == 17
+
+
 def shards(weight: QuantTensor, parts: int) -> Iterator[tuple[slice, slice, QuantTensor]]:
     """(rows, columns, weight) of a tensor-parallel split by rows, then of one by columns at borders of groups."""
     n, k = weight.shape

@@ -22,6 +22,7 @@ from percard.formats.spec import QuantSpec
 from percard.formats.tensor import QuantTensor
 from percard.kernels.conformance import difference, poisoned_memory
 from percard.kernels.inspection import ARCHS
+from percard.kernels.matmul_w4a8.cases import two_level
 from percard.kernels.shapes import small
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -69,6 +70,17 @@ def unpack8(w_ptr, y_ptr, N: tl.constexpr):
         tl.store(y_ptr + n[:, None] * 128 + 64 * p + j[None, :], w)
 
 
+@triton.jit
+def unpack8_times(w_ptr, m_ptr, y_ptr, N: tl.constexpr):
+    """y[n, 64 p + j] = q * m[n] of plane p, for one block of packing planes8_w4."""
+    n, j = tl.arange(0, N), tl.arange(0, 64)
+    packed = tl.load(w_ptr + n[:, None] * 64 + j[None, :])
+    m = tl.load(m_ptr + n)
+    for p in tl.static_range(2):
+        w = tiles.unpack_plane8_times(packed, m, p, False)
+        tl.store(y_ptr + n[:, None] * 128 + 64 * p + j[None, :], w)
+
+
 def every_code(name: str) -> QuantTensor:
     """64 x 128: each of the 16 (256) codes; each of the 16 zero points (64 from end to end)."""
     spec = QuantSpec.parse(name)
@@ -107,6 +119,13 @@ def test_card_unpacks_what_the_host_packed_8() -> None:
     assert torch.equal(y.to(torch.int32), 16 * qt.data.to(torch.int32))
 
 
+def test_card_multiplies_codes_by_the_integers_of_their_groups() -> None:
+    qt, m = every_code("w4a8"), torch.arange(64, dtype=torch.int32) % 17
+    packed, y = repack(qt, "planes8_w4"), torch.full((64, 128), 77, dtype=torch.int8)
+    unpack8_times[(1,)](packed.data, m, y, N=64)
+    assert torch.equal(y.to(torch.int32), qt.data.to(torch.int32) * m[:, None])
+
+
 def test_the_assembly_does_what_its_picture_says() -> None:
     """The constants of the inline assembly, applied to every pair of nibbles with torch: what the twin gives."""
     u = torch.arange(16, dtype=torch.int32)
@@ -129,6 +148,14 @@ def test_the_assembly_does_what_its_picture_says() -> None:
         minus = torch.tensor([(z + 128) | -0x1C00], dtype=torch.int16).view(FP16).float()  # 0xE400
         assert torch.equal(wide + minus, q - z)
         assert torch.equal((q - z).to(torch.bfloat16).float(), q - z), "the last sum of bf16 is exact"
+    u = torch.stack(torch.meshgrid(*[torch.arange(16)] * 4, indexing="ij")).reshape(4, -1)  # four codes of a register
+    four = sum(u[i] << (8 * i) for i in range(4))
+    for m in range(17):  # (r * m + c) ^ 0x80808080 modulo 2^32, with c as unpack_plane8_times makes it
+        c = (m * -0x08080808 - 0x7F7F7F80) % 2**32
+        word = ((four * m + c) % 2**32) ^ 0x80808080
+        for i in range(4):
+            byte = ((word >> (8 * i)) & 255).to(torch.uint8).view(torch.int8)
+            assert torch.equal(byte.to(torch.int64), (u[i] - 8) * m)
     for plane, shifted in ((0, r << 4), (1, r)):
         byte = ((shifted ^ 0x80) & 0xF0).to(torch.uint8).view(torch.int8)
         code = ((r >> (4 * plane)) & 15) - 8
@@ -253,8 +280,9 @@ def test_the_tuner_runs_these_kernels(tmp_path: Path) -> None:
 
 
 def test_a_split_leaves_int8_bits_alone() -> None:
-    for op, spec in (("matmul_w8a8", "w8a8"), ("matmul_w4a8", "w4a8")):
+    for op, spec in (("matmul_w8a8", "w8a8"), ("matmul_w4a8", "w4a8"), ("matmul_w4a8", "w4a8-g64")):
         case = small(5, 70, 1280, spec, FP32, bias=True)
+        case = two_level(case) if "-g" in spec else case
         got = [answers(op, case, 3, split_k=s)[0] for s in (1, 2, 5)]
         assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
 

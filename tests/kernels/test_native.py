@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_integer_matmuls_have_scalars_bits(isa: str, spec: str, seed: int) -> No
             both(isa, lambda: matmul_w8a8(xq, sx, w, bias, dtypes[i % 3], impl="cpu"))
         else:
             both(isa, lambda: matmul_w4a8(xq, sx, xsum, w, bias, dtypes[i % 3], impl="cpu"))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_two_level_matmuls_have_scalars_bits(isa: str, group: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for m, n, k in SHAPES:
+        k = (-(-k // group) + 1) * group
+        w, (xq, sx, xsum) = layout.repack(weight(f"w4a8-g{group}", n, k, random), "plain"), rows(m, k, random)
+        times = torch.randint(1, 17, w.scale.shape, generator=random)
+        times[:, 0], times[:, -1] = 16, 15
+        row = torch.randint(8, 16, (n, 1), generator=random) * 2.0 ** torch.randint(-30, 5, (n, 1), generator=random)
+        w = layout.repack(replace(w, scale=row * times), "rows16_k4_w4")
+        assert layout.row_scale(w.scale, k, group) is not None
+        both(isa, lambda w=w, xq=xq, sx=sx, xsum=xsum: matmul_w4a8(xq, sx, xsum, w, None, torch.float32, impl="cpu"))
 
 
 @pytest.mark.parametrize("m", [1, 20])
