@@ -296,11 +296,12 @@ def plan(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": FUSION,
+        **registers(card),
     }
     step = (config.block_n, config.block_k)
     if sx is None:
         options |= {"GROUP": ROW if group == k else group, "USE_ASM": not INTERPRETED}
-        options |= {"PACK_BLOCKS": config.block_k // 128, **registers(card)}
+        options |= {"PACK_BLOCKS": config.block_k // 128}
         launches.append(
             Launch(matmul_experts_w4a16_kernel, grid, (x, w, scale, route, weight, out, *sizes), options, step)
         )
