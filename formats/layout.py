@@ -141,11 +141,11 @@ def _pack(qt: QuantTensor, packing: str, bits: int, to_data: Callable[[torch.Ten
     scale[:groups, :rows] = qt.scale.t()
     levels = _two_level(qt, packing)
     if levels is not None:
-        last = torch.ones(1, n, dtype=torch.float32, device=device)
-        last[0, :rows] = levels[0][:, 0]
+        per_row = torch.ones(1, n, dtype=torch.float32, device=device)
+        per_row[0, :rows] = levels[0][:, 0]
         if packing == "planes8_w4":
             scale[:groups, :rows] = levels[1].t()
-        scale = torch.cat((scale, last))
+        scale = torch.cat((scale, per_row))
     zero = None
     if qt.zero is not None:
         zero = torch.zeros(padded_groups, n, dtype=torch.int8, device=device)

@@ -13,8 +13,6 @@ and nowhere else: `explain(x, w)` tells which ops, which Config, and why. With `
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +47,8 @@ ALSO: dict[tuple[int, int], tuple[tuple[Op, ...], int]] = {
     (8, 8): ((matmul_w8a16,), 16),
     (4, 8): ((matmul_w4a16,), 4),
 }
+# Bodies that make a copy of another packing whole by chunks and let torch multiply (way D), for many rows.
+MADE_WHOLE = {("matmul_w8a16", "triton", "rows8")}
 NOT_YET: dict[tuple[int, int], str] = {
     (3, 16): "no op multiplies 3-bit weights yet; quantize to w4a16-g64, or dequantize with formats.affine.dequantize",
 }
@@ -85,11 +85,23 @@ def linear(
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected [..., {k}] for a weight [{n}, {k}]")
     rows = x if x.ndim == 2 else x.reshape(-1, k)
     ops = _ops_for(rows, w, impl, batch_invariant)
+    y = _along(ops, rows, w, bias, impl, batch_invariant)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], n)
+
+
+def _along(
+    ops: tuple[Op, ...],
+    rows: torch.Tensor,
+    w: QuantTensor,
+    bias: torch.Tensor | None = None,
+    impl: str | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """One route: what each op gives is what the next one takes."""
     given: tuple[Any, ...] = (rows,)
     for op in ops[:-1]:
         given = op(*given, impl=impl)
-    y = ops[-1](*_arguments(ops[-1], given, w, bias, x.dtype, batch_invariant), impl=impl)
-    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], n)
+    return ops[-1](*_arguments(ops[-1], given, w, bias, rows.dtype, batch_invariant), impl=impl)
 
 
 def quantizes(
@@ -156,35 +168,33 @@ def _routes(
     second, most = ALSO[spec.weight_bits, spec.act_bits]
     on_card = device.type == "cuda"
     name = machine.card_of(device).name if on_card else "cpu"
-    table = dispatch.table(_triton_version() if on_card else "0.0")  # a CPU's serving path does not load Triton
+    weak_int8 = on_card and machine.card_of(device).sm == 103  # a B300: int8 at a fourteenth of bf16
+    table = dispatch.table(dispatch.triton_version() if on_card else "0.0")  # a CPU's serving path does not load Triton
     found = []
     for bucket in range(dispatch.BUCKETS):
         entry = table.get((name, str(spec), *shape, bucket))
-        choice = dispatch.choose(
-            entry, bucket, first[-1].name, second[-1].name, most, _obstacle(second, packing, device, dtype), on_card
-        )
+        obstacle = _obstacle(second, packing, device, dtype, (1 << bucket) // 2 + 1)
+        names = (first[-1].name, second[-1].name)
+        choice = dispatch.choose(entry, bucket, *names, most, obstacle, on_card, weak_int8)
         found.append((second if choice.way == second[-1].name else first, choice))
     return tuple(found)
 
 
-def _obstacle(ops: tuple[Op, ...], packing: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None, or why a second route does not read this packed copy."""
+def _obstacle(ops: tuple[Op, ...], packing: str, device: torch.device, dtype: torch.dtype, m: int) -> str | None:
+    """None, or why a second route does not read this packed copy for M rows."""
     try:
         body = ops[-1].body_on(device.type)
     except Unsupported as error:
         return str(error)
     if body.packing != packing:
-        return f"{ops[-1].name} reads {body.packing}, the copy is {packing}"
+        whole = (ops[-1].name, body.name, packing) in MADE_WHOLE
+        if whole and m > 64 and dtype == torch.bfloat16:
+            return None
+        also = ", this one for more than 64 rows of bf16" if whole else ""
+        return f"{ops[-1].name} reads {body.packing}, the copy is {packing}{also}"
     if device.type == "cuda" and dtype == torch.float32:
         return f"{ops[-1].name} multiplies 16-bit activations on a card, these are float32"
     return None
-
-
-def _triton_version() -> str:
-    """Of the Triton that is installed, "0.0" without one."""
-    if importlib.util.find_spec("triton") is None:
-        return "0.0"
-    return importlib.import_module(f"{__package__}.inspection").triton_version()
 
 
 def prepare(
@@ -235,7 +245,7 @@ def explain(
     """What `linear` does with these arguments and why, in lines: route, Config, self-test, and each body's answer."""
     if isinstance(w, torch.Tensor):
         return f"linear: a {w.dtype} tensor, torch's own matmul"
-    rows, (n, k) = x.reshape(-1, x.shape[-1]), w.shape
+    rows = x.reshape(-1, x.shape[-1])
     first, device = ops_of(w.spec), w.data.device
     by_m = impl is None and not batch_invariant and (w.spec.weight_bits, w.spec.act_bits) in ALSO
     ops, why = first, "the one route of this spec"
@@ -245,31 +255,17 @@ def explain(
         why = choice.why
     elif batch_invariant:
         why = "batch_invariant: one route and one Config whatever M"
-    where = machine.card_of(device).name if device.type == "cuda" else device.type
-    lines = [f"linear [{rows.shape[0]}, {k}] x {w.spec} [{n}, {k}] as {w.packing} on {where}"]
-    lines.append(f"{'route':16} {' > '.join(op.name for op in ops)}: {why}")
-    given: tuple[Any, ...] = (rows,)
-    tables, names = [], []
-    for op in ops:
-        arguments = given if op in ops[:-1] else _arguments(op, given, w, bias, x.dtype, batch_invariant)
-        tables.append(op.explain(*arguments))
-        try:
-            body = op.pick(*op.contract.unwrap(*arguments), impl=impl).name
-        except Unsupported:
-            break
-        names.append(body)
-        if body == "triton":
-            gpu = importlib.import_module(f"{__package__}.{op.name}.gpu")
-            last = op is ops[-1]
-            group = (w.spec.group or k) if last else k
-            shape = tuning.Shape(rows.shape[0], n if last else 0, k, group, x.dtype)
-            words = dispatch.config_words(gpu, shape, machine.card_of(device), _triton_version(), batch_invariant)
-            lines.append(f"{op.name:16} {words}")
-        if op is not ops[-1]:
-            given = op(*given, impl=impl)
-    if len(names) == len(ops):
-        lines.append(f"{'self-test':16} {_self_test.result(_self_test.key_of(ops, names, w))}")
-    return "\n".join([*lines, *tables])
+    arrange = functools.partial(_arguments, w=w, bias=bias, dtype=x.dtype, batch_invariant=batch_invariant)
+    return dispatch.told(ops, why, rows, w, arrange, impl, batch_invariant)
+
+
+def ways(rows: torch.Tensor, w: QuantTensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """The routes that this packed copy allows for so many rows, by the name of their last op: what a tuner compares."""
+    found = {ops_of(w.spec)[-1].name: ops_of(w.spec)}
+    second = ALSO.get((w.spec.weight_bits, w.spec.act_bits))
+    if second is not None and _obstacle(second[0], w.packing, w.data.device, rows.dtype, rows.shape[0]) is None:
+        found[second[0][-1].name] = second[0]
+    return {name: functools.partial(_along, ops, rows, w) for name, ops in found.items()}
 
 
 def moe(

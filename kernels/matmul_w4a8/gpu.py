@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ...formats.layout import row_scale
+from ...formats.spec import QuantSpec
 from .. import device, tuning
 from ..device import Card
 from ..tiles import (
@@ -35,6 +36,7 @@ from ..tiles import (
     unpack_plane8_with,
 )
 from . import contract
+from .cases import TWO_LEVEL, Case
 
 OP = contract.OP
 INVARIANT_ROWS = 256  # rows of x that share the workspace of a split K when results must not depend on M
@@ -231,6 +233,17 @@ class Config:
     raster: int
     num_warps: int
     num_stages: int
+
+
+def shape_of(case: Case) -> tuning.Shape:
+    """The problem of a case as the heuristic sees it: a group below 0 is one of two-level scales."""
+    group = QuantSpec.parse(case.spec).group or case.k
+    return tuning.Shape(case.m, case.n, case.k, -group if case.name.endswith(TWO_LEVEL) else group, case.dtype)
+
+
+def group_of(scale: torch.Tensor, k: int, group: int) -> int:
+    """The group of a packed weight as a Shape has it: below 0 for two-level scales."""
+    return group if row_scale(scale, k, group) is None else -group
 
 
 def heuristic(shape: tuning.Shape, card: Card) -> Config:

@@ -17,7 +17,8 @@ from percard.kernels.tuning import Shape
 
 OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
 MATMULS = OPS[1:]
-GROUPS = {op: (None,) if op == "matmul_w8a8" else (None, 32, 64, 128) for op in MATMULS}
+GROUPS: dict[str, tuple] = dict.fromkeys(MATMULS, (None, 32, 64, 128))
+GROUPS |= {"matmul_w8a8": (None,), "matmul_w4a8": (None, 32, 64, 128, -32, -64, -128)}  # below 0: two-level scales
 SIZES = [size for layers in LAYERS.values() for size in layers.values()] + [(1, 1), (37, 53), (64, 128), (131, 1031)]
 BATCHES = (1, 2, 3, 4, 7, 16, 17, 31, 33, 64, 65, 100, 128, 129, 1000, 4096, 16384)
 
