@@ -277,6 +277,27 @@ def measure(problem: Problem, machine: Machine, seed: int = 0) -> Outcome:
     return Outcome(problem, "kept" if winner == BASE else "tuned", words, entry)
 
 
+def best_way(ways: Mapping[str, Sequence[Callable[[], Any]]], machine: Machine) -> tuple[str, dict[str, float], float]:
+    """(the way to take, microseconds by name, noise) of calls that mean the same product, the standing way first.
+
+    It stays unless another is faster by more than noise. FLOOR among the names is timed and never taken.
+    """
+    first, *others = [name for name in ways if name != FLOOR]
+    times = machine.time({**ways, AGAIN: ways[first]}, FINAL_ROUNDS)
+    way, noise = first, 0.0
+    for name in others:
+        won, _, noise = tuning.faster(times[first], times[AGAIN], times[name])
+        if won and statistics.median(times[name]) < statistics.median(times[way]):
+            way = name
+    us = {name: round(statistics.median(taken) * 1e6, 3) for name, taken in times.items() if name != AGAIN}
+    return way, us, noise
+
+
+def copies(value: Any, l2_bytes: int) -> list[Any]:
+    """A weight and as many clones of it as leave the cache cold."""
+    return [each[0] for each in _copies((value,), l2_bytes)]
+
+
 def _start(gpu: ModuleType, card: Card, flat: tuple[Any, ...], config: Any) -> Any:
     """One call of the body under a Config."""
     out, launches = gpu.plan(card, *flat, config=config)

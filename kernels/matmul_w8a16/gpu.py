@@ -129,6 +129,28 @@ def dequantize_planes16_w8_kernel(
             tl.store(y_ptrs + k, y.to(y_ptr.dtype.element_ty))  # [BLOCK_N, PIECE]
 
 
+@triton.jit(do_not_specialize=["first"])
+def dequantize_rows8_kernel(
+    w_ptr, scale_ptr, y_ptr,
+    first, N_PAD,
+    stride_wn, stride_yn,
+    GROUP: tl.constexpr, USE_ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[r, k] = q[first + r, k] * scale[first + r], rounded to the type of y: the copy of a w8a8 layer
+
+    w int8 [N_PAD, stride_wn] in packing rows8, scale fp32 [1, N_PAD]; y, rows stride_yn apart. One program: BLOCK_N rows of 128
+    codes. GROUP and USE_ASM are those of the kernel above; a row has one scale, and nothing is unpacked.
+
+        w  [BLOCK_N, 128] bytes  ->  y  [BLOCK_N, 128]
+    """
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (first + r) % N_PAD
+    offs_k = tl.program_id(1) * 128 + tl.arange(0, 128)
+    w = tl.load(w_ptr + rows.to(tl.int64)[:, None] * stride_wn + offs_k[None, :], eviction_policy="evict_first")
+    y = w.to(tl.float32) * tl.load(scale_ptr + rows)[:, None]  # [BLOCK_N, 128]
+    tl.store(y_ptr + r.to(tl.int64)[:, None] * stride_yn + offs_k[None, :], y.to(y_ptr.dtype.element_ty))
+
+
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
     """Way A, and K split until the card is full, up to 64 tokens; way C on square tiles above, way D from 1024 on (bf16)."""
     m, n = shape.m, shape.n
@@ -164,6 +186,10 @@ def config_for(shape: tuning.Shape, card: Card) -> Config:
 
 def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch | Product]]:
     """The output, and the kernels that fill it, for the arguments of the schema."""
+    if flat[8] == "rows8":
+        whole = Config(128, 64, 1, 1, True, 8, 8, 3, dequantize_mb=CHUNK_MB)
+        rows8 = Kernels(OP, matmul_w8a16_kernel, dequantize_rows8_kernel, 1, {})
+        return weight_only_plan.plan(rows8, config_for, card, flat, config or whole)
     flags = {"HAS_ZERO": flat[2].dtype == torch.int32}
     kernels = Kernels(OP, matmul_w8a16_kernel, dequantize_planes16_w8_kernel, CODES_PER_WORD, flags)
     return weight_only_plan.plan(kernels, config_for, card, flat, config)

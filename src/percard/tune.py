@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from .formats.affine import dequantize
 from .kernels import device, dispatch, tuner, tuning
+from .kernels.linear import ALSO, prepare, ways
+from .kernels.shapes import LAYERS, Case, generator, weight
 from .quant.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MOST_MINUTES = 24 * 60.0
+ROUTE_TOKENS = (1, 16, 256, 1024, 4096)  # where a layer may change its ops
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,69 @@ def tune(
             left = None if each is None else each * (len(found) - number)
             label = f"{outcome.problem}: {outcome.words}"
             progress(Progress("tune", number, len(found), "layers", label, left))
+    if not ops:
+        left = None if limit is None else limit - (now() - began)
+        lines += _routes(model, machine, folder, again, left, now)
     return Tuned(machine.card.name, machine.triton, folder, tuple(lines), now() - began)
+
+
+def _routes(
+    model: str | None,
+    machine: tuner.Machine,
+    folder: Path,
+    again: bool,
+    seconds: float | None,
+    now: Callable[[], float],
+) -> list[dict[str, Any]]:
+    """Layers whose packed copy allows two routes: which ops to take at each M, into dispatch.json of the folder."""
+    end = None if seconds is None else now() + seconds
+    file, lines = folder / "dispatch.json", []
+    there = [{k: e.get(k) for k in ("card", "triton", "spec", "n", "k", "m_bucket")} for e in tuning.read(file)]
+    for spec in [f"w{bits}a{act}" for bits, act in ALSO]:
+        for m in ROUTE_TOKENS:
+            for n, k in sorted(
+                {size for name, layers in LAYERS.items() if model in (None, name) for size in layers.values()}
+            ):
+                key = {
+                    "card": machine.card.name,
+                    "triton": tuning.release(machine.triton),
+                    "spec": spec,
+                    "n": n,
+                    "k": k,
+                }
+                key["m_bucket"] = tuning.bucket(m)
+                line = {"op": "route", "case": f"{spec} n{n} k{k} m{m}"}
+                if key in there and not again:
+                    lines.append({**line, "status": "there", "words": "measured before"})
+                elif end is not None and now() >= end:
+                    lines.append({**line, "status": "cut", "words": "no time was left"})
+                elif (entry := _route(Case(line["case"], m, n, k, spec), machine)) is not None:
+                    tuning.store(file, {**key, **entry})
+                    words = ", ".join(f"{name} {us:.1f} us" for name, us in entry["us"].items())
+                    lines.append({**line, "status": "tuned", "words": f"{entry['way']}: {words}"})
+    return lines
+
+
+@torch.inference_mode()
+def _route(case: Case, machine: tuner.Machine) -> dict[str, Any] | None:
+    """The faster route of one layer with bf16 beside it; None when its copy allows one route only."""
+    random = generator(case, 0, machine.where.type)
+    x = torch.randn(case.m, case.k, generator=random, device=machine.where).to(torch.bfloat16)
+    plain = weight(case, random)
+    held = prepare(plain, machine.where)
+    if len(ways(x, held)) < 2:
+        return None
+    turns: dict[str, list[Any]] = {}
+    for copy in tuner.copies(held, machine.card.l2_bytes):
+        for name, call in ways(x, copy).items():
+            turns.setdefault(name, []).append(call)
+    floor = [
+        functools.partial(torch.nn.functional.linear, x, each)
+        for each in tuner.copies(dequantize(plain, torch.bfloat16), machine.card.l2_bytes)
+    ]
+    way, us, noise = tuner.best_way({**turns, tuner.FLOOR: floor}, machine)
+    floor_us = us.pop(tuner.FLOOR)
+    return {"way": way, "us": us, "floor_us": floor_us, "noise_pct": round(100 * noise, 2)}
 
 
 def _listed(found: Sequence[tuner.Problem], folder: Path, again: bool) -> Tuned:

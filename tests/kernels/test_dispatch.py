@@ -128,5 +128,32 @@ def test_obstacles() -> None:
     cpu = torch.device("cpu")
     second = linear.ALSO[8, 8][0]
     if second[-1].body("cpu").absent("cpu") is None:
-        assert linear._obstacle(second, "rows16_k4_w8", cpu, torch.float32) is None
-        assert "reads rows16_k4_w8, the copy is rows8" in str(linear._obstacle(second, "rows8", cpu, torch.float32))
+        assert linear._obstacle(second, "rows16_k4_w8", cpu, torch.float32, 1) is None
+        assert "reads rows16_k4_w8, the copy is rows8" in str(linear._obstacle(second, "rows8", cpu, torch.float32, 1))
+
+
+@pytest.mark.parametrize(("sm", "prompt"), [(90, "matmul_w8a8"), (103, "matmul_w8a16")])
+def test_the_copy_of_a_w8a8_layer_on_a_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sm: int, prompt: str
+) -> None:
+    """rows8 can be made whole for many rows of bf16: taken by rule where int8 is weak, elsewhere when it was measured."""
+    card = device.Card("a card", sm, 148, 232448, 126 << 20)
+    monkeypatch.setattr(device, "lacks_tensor_cores", lambda: None)
+    monkeypatch.setattr(device, "card_of", lambda where: card)
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.9.0")
+    given = (QuantSpec.parse("w8a8"), (64, 128), "rows8", torch.device("cuda", 0))
+    routes = linear._routes(*given, torch.bfloat16)
+    assert [ops[-1].name for ops, _ in routes] == ["matmul_w8a8"] * 7 + [prompt] * 10, "from 65 rows on"
+    assert "the copy is rows8, this one for more than 64 rows of bf16" in routes[6][1].why
+    assert {ops[-1].name for ops, _ in linear._routes(*given, torch.float16)} == {"matmul_w8a8"}
+    entry = {"card": "a card", "triton": "3.9", "spec": "w8a8", "n": 64, "k": 128, "m_bucket": 8, "way": "matmul_w8a16"}
+    tuning.store(
+        tmp_path / "dispatch.json", {**entry, "us": {"matmul_w8a8": 9.0, "matmul_w8a16": 8.0}, "floor_us": 7.0}
+    )
+    dispatch.table.cache_clear()
+    linear._routes.cache_clear()
+    ops, choice = linear._routes(*given, torch.bfloat16)[8]
+    assert (
+        ops[-1].name == "matmul_w8a16"
+        and choice.why == "measured: matmul_w8a8 9.0 us, matmul_w8a16 8.0 us, bf16 7.0 us"
+    )

@@ -31,7 +31,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from percard.kernels import tiles
+from percard.kernels import tiles, tuning
 
 FP16, FP32 = torch.float16, torch.float32
 H200 = ARCHS["sm_90"]
@@ -228,6 +228,29 @@ def test_a_weight_made_whole_by_chunks(spec: str) -> None:
     assert difference(op, got, want, allowed) is None
 
 
+def test_the_copy_of_a_w8a8_layer_made_whole() -> None:
+    """matmul_w8a16 on packing rows8: several chunks, a padded last one, a bias; the contract lets it for many rows only."""
+    cases = importlib.import_module("percard.kernels.matmul_w8a16.cases")
+    module = importlib.import_module("percard.kernels.matmul_w8a16.gpu")
+    op = importlib.import_module("percard.kernels.matmul_w8a16").matmul_w8a16
+    x, w, bias = cases.inputs(small(5, 700, 1000, "w8a8", FP16, bias=True), 3)
+    plain = op.contract.unwrap(x, w, bias)
+    want = op.run_of(op.body("reference"))(*plain)
+    flat = op.contract.unwrap(x, repack(w, "rows8"), bias)
+    with poisoned_memory():
+        config = replace(module.heuristic(tuning.Shape(5, 700, 1000, 1000, FP16), H200), dequantize_mb=1)
+        y, launches = module.plan(H200, *flat, config=config)
+        assert len(launches) == 4, "two chunks"
+        tiles.start(launches, y.device)
+    allowed = op.contract.tolerance(want, *plain) + 2.0**-9 * want.abs().max()
+    assert difference("rows8", y, want, allowed) is None
+    many = torch.zeros(65, 1000, dtype=torch.bfloat16)
+    assert op.body("triton").takes(many, *flat[1:]) is None
+    for wrong in (many[:64], many.half()):
+        assert "more than 64 rows of bfloat16" in op.body("triton").takes(wrong, *flat[1:])
+    assert op.body("triton").takes(many, *flat[1:9], True) is not None, "torch's matmul promises nothing about batches"
+
+
 @pytest.mark.parametrize("spec", ["w4a16-g128", "w8a16", "w4a8-g128"])
 def test_rows_that_share_a_workspace_do_not_depend_on_it(spec: str) -> None:
     """K is split in two, and 257 rows take the workspace twice: still each row is what it is alone."""
@@ -253,7 +276,7 @@ def test_rows_that_share_a_workspace_do_not_depend_on_it(spec: str) -> None:
 
 def test_the_tuner_runs_these_kernels(tmp_path: Path) -> None:
     """Real op, real candidates, the gates as on a card; only the compiler and the clock are made up."""
-    from percard.kernels import tuner, tuning
+    from percard.kernels import tuner
 
     class Machine:
         card, triton, where = replace(H200, l2_bytes=1 << 16), "3.9.0", torch.device("cpu")
