@@ -2,7 +2,7 @@
 
 Wrong numbers of a kernel on a new card look like a bad model, and nobody notices for weeks. So each distinct (ops, spec, N, K,
 packing, device) is tried once per process when its weight is packed: random rows, one and seventeen of them, through the
-bodies that will serve; 64 rows of the weight through the references; within the tolerance that the op's contract states.
+bodies that will serve (on a card 1024 as well, which may go another way); 64 rows of the weight through the references; within the tolerance that the op's contract states.
 It costs a few milliseconds, beside what compiling costs anyway. On a CPU a tall weight is tried on its last 2048 rows.
 
 Names no op: kernels/linear.py says which ones, and how the outputs of the first become arguments of the last.
@@ -25,6 +25,7 @@ from .op import Op
 TOKENS = (1, 17)
 ROWS = 64  # of the weight go through the reference, for each number of tokens: the first ones and the last ones
 CPU_ROWS = 2048
+MANY = 1024  # rows that are tried on a card as well: there another way may serve a prompt
 Arrange = Callable[
     [tuple[Any, ...], QuantTensor], tuple[Any, ...]
 ]  # (rows as the last op takes them, weight) -> arguments
@@ -101,7 +102,9 @@ def _tried(ops: Sequence[Op], bodies: Sequence[str], w: QuantTensor, arrange: Ar
     # Triton's interpreter is right about fp16 only.
     dtype = torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
     random = torch.Generator(device).manual_seed(n * 1_000_003 + k)
-    for m, start in zip(TOKENS, (0, (n - 1) // ROWS * ROWS), strict=True):
+    last_rows = (n - 1) // ROWS * ROWS
+    tries = [*zip(TOKENS, (0, last_rows), strict=True), *([(MANY, 0)] if device.type == "cuda" else [])]
+    for m, start in tries:
         x = torch.randn(m, k, generator=random, device=device).to(dtype)
         given: tuple[Any, ...] = (x,)
         for op, name in zip(ops[:-1], bodies[:-1], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,34 @@ class Toy:
     def time(self, turns: Any, rounds: int) -> dict[str, list[float]]:
         Toy.clock += 30.0
         return {name: [1.0 if name == "1" else 2.0] * rounds for name in turns}
+
+
+def test_routes_of_one_copy_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this CPU a w8a8 and a w4a8 copy have two routes; the entry is the winner's, bf16 stands beside it."""
+    from percard import tune as verb
+
+    if verb.prepare.__globals__["matmul_w8a8"].body("cpu").absent("cpu") is not None:
+        pytest.skip("the C++ module is not built")
+
+    class Routes(Toy):
+        card = replace(device.H200, l2_bytes=1 << 12)
+
+        def time(self, turns: Any, rounds: int) -> dict[str, list[float]]:
+            assert all(len(turn) > 1 for turn in turns.values()), "copies for a cold cache"
+            for turn in turns.values():
+                assert turn[0]().shape[-1] == 48
+            return {name: [1.0 if name == "matmul_w8a16" else 2.0] * rounds for name in turns}
+
+    monkeypatch.setattr(tuner, "problems", lambda *_: [])
+    monkeypatch.setattr(verb, "LAYERS", {"toy": {"o": (48, 128)}})
+    monkeypatch.setattr(verb, "ROUTE_TOKENS", (1, 4))
+    done = verb.tune(model="toy", out=tmp_path, machine=Routes())
+    assert [line["status"] for line in done.lines] == ["tuned"] * 4 and done.lines[0]["op"] == "route"
+    entries = tuner.tuning.read(tmp_path / "dispatch.json")
+    assert {(e["spec"], e["way"]) for e in entries} == {("w8a8", "matmul_w8a16"), ("w4a8", "matmul_w4a8")}
+    assert all(set(e["us"]) == {f"matmul_{e['spec']}", f"matmul_{e['spec'][:2]}a16"} and e["floor_us"] for e in entries)
+    assert {e["m_bucket"] for e in entries} == {0, 2}
+    assert [line["status"] for line in verb.tune(model="toy", out=tmp_path, machine=Routes()).lines] == ["there"] * 4
 
 
 def test_minutes_cut_it_and_a_second_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
