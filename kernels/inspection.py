@@ -40,7 +40,6 @@ ARCHS = {
     "sm_90": H200,
     "sm_100": Card("NVIDIA B200", 100, 148, 232448, 126 << 20),
 }
-_FREE = ("M", "K", "steps_per_split")  # parameters that the kernels do not specialise
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,10 @@ def describe(launch: Any) -> str:
 def key(launch: Any) -> tuple:
     """What decides about the machine code: kernel, compile-time options, types, and which sizes divide by 16."""
     traits: list[Any] = []
-    for name, value in zip(launch.kernel.arg_names, launch.args, strict=False):
+    for parameter, value in zip(launch.kernel.params, launch.args, strict=False):
         if isinstance(value, torch.Tensor):
             traits.append(value.dtype)
-        elif name not in _FREE:
+        elif not parameter.do_not_specialize:
             traits.append(1 if value == 1 else value % 16 == 0)
     return launch.kernel.__name__, tuple(launch.options.items()), tuple(traits)
 

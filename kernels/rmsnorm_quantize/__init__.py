@@ -4,10 +4,10 @@
     y = (r * (1 / sqrt(mean(r^2) + eps))) * weight           fp32, each step rounded once; y rounded to the type of x
     q, scale, row_sum = quantize_rows(y)                     r comes back as well, [0, K] without a residual
 
-These are the roundings of `x += residual; quantize_rows(F.rms_norm(x, (K,), weight, eps))`, in this order. Each of them is
-one correctly rounded operation, so all bodies agree bit for bit where the sum of squares has the same bits; the order of
-that sum is the body's own. So on a CPU `reference` gives the very bits of the unfused reference; another body may differ
-from torch's norm where y lies on the border of two numbers, by a code, and contract.tolerance says exactly where.
+These are the roundings of `x += residual; quantize_rows(F.rms_norm(x, (K,), weight, eps))`, in this order. On a CPU
+`reference` gives the very bits of the unfused reference. The other bodies add up the squares in an order of their own and
+then take correctly rounded steps only: they agree with each other bit for bit where that sum has the same bits. From torch's
+norm they may differ by a code where y lies on the border of two numbers; contract.tolerance says exactly where.
 NaN and Inf poison their row, as in quantize_rows. Squares that overflow fp32 give a row of zeros, as torch's norm does.
 """
 

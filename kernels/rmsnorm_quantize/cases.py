@@ -54,7 +54,10 @@ def blank(case: Case) -> tuple[Any, ...]:
 
 
 EXPECT = Expect(
-    quick=(Case("qwen3-8b.k4096.decode.b1.residual", 1, 0, 4096, "", bias=True, small=False),),
+    quick=(
+        Case("qwen3-8b.k4096.decode.b1.residual", 1, 0, 4096, "", bias=True, small=False),
+        Case("qwen3-32b.k5120.decode.b1.residual", 1, 0, 5120, "", bias=True, small=False),
+    ),
     specs=("",),
     dtypes=(BF16, FP16, FP32),
     mma={"sm_80": "", "sm_89": "", "sm_90": "", "sm_100": ""},

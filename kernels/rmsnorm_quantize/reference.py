@@ -8,9 +8,8 @@ from ..rows import quantize
 
 
 def inverse_root(r: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(r^2) + eps) of each row, fp32 [M, 1]; a division of tensors is rounded once on every device."""
-    root = (r.float().square().mean(1, keepdim=True) + eps).sqrt()
-    return torch.ones_like(root) / root
+    """1 / sqrt(mean(r^2) + eps) of each row as F.rms_norm takes it, fp32 [M, 1]."""
+    return (r.float().square().mean(1, keepdim=True) + eps).rsqrt()
 
 
 def run(

@@ -62,6 +62,25 @@ def test_the_served_body_equals_the_reference(checkpoint, name):
     assert (p.exp() * (p - q)).sum(-1).mean() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w4a8-g64"])
+def test_fused_producers_change_nothing(checkpoint, monkeypatch, name):
+    """Norm, sum and SiLU in one op with the quantisation: by reference the very bits of the separate operations."""
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = checkpoint("qwen3", **BIG)
+        model = load(folder, spec=QuantSpec.parse(name), device="cpu", dtype=dtype, impl="reference")
+        served = load(folder, spec=QuantSpec.parse(name), device="cpu", dtype=dtype)
+        assert model.kernel.startswith("rmsnorm_quantize.reference + silu_mul_quantize.reference")
+        cache = model.new_cache(1, 30)
+        fused = [model.logits(IDS), model.prefill(IDS, cache), model.step(IDS[:, 3], cache), served.logits(IDS)]
+        with monkeypatch.context() as patch:
+            patch.setattr("percard.bench.engine.model.quantizes", lambda *args, **kwargs: False)
+            cache = model.new_cache(1, 30)
+            apart = [model.logits(IDS), model.prefill(IDS, cache), model.step(IDS[:, 3], cache), served.logits(IDS)]
+        assert all(torch.equal(a, b) for a, b in zip(fused[:3], apart[:3], strict=True))
+        p, q = fused[3].log_softmax(-1), apart[3].log_softmax(-1)
+        assert (p.exp() * (p - q)).sum(-1).mean() < 1e-3
+
+
 def test_quantised_models_stay_near_and_are_smaller(checkpoint):
     folder = checkpoint("qwen3", dtype=torch.float32, **BIG)
     exact = load(folder, device="cpu")

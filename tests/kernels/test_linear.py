@@ -12,8 +12,9 @@ from torch import nn
 from percard.formats import affine, layout
 from percard.formats.spec import QuantSpec
 from percard.formats.tensor import QuantTensor
-from percard.kernels.linear import NOT_YET, ROUTES, QuantLinear, linear, ops_of, prepare
+from percard.kernels.linear import NOT_YET, ROUTES, QuantLinear, linear, linear_quantized, ops_of, prepare, quantizes
 from percard.kernels.op import Unsupported
+from percard.kernels.quantize_rows import quantize_rows
 
 SPECS = ("w8a8", "w8a16", "w8a16-g64-asym", "w4a16", "w4a16-g64", "w4a16-g32-asym", "w4a8", "w4a8-g64")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,3 +220,19 @@ def test_moving_to_a_card_packs_again(spec: str) -> None:
     assert there.packing == ops_of(there.spec)[-1].body("triton").packing
     assert there.bias is not None and there.bias.is_cuda
     assert loss(there(x.cuda()).cpu(), here(x)) < 1e-2
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("spec", ["w8a8", "w4a8", "w4a8-g64"])
+def test_rows_that_a_producer_made_int8_give_what_linear_gives(spec: str, impl: str | None) -> None:
+    x, bias, w = torch.randn(20, 192), torch.randn(40), prepare(plain(spec, 40), "cpu", impl)
+    assert quantizes(x, w, impl="reference") and not quantizes(x, torch.randn(40, 192))
+    y = linear_quantized(quantize_rows(x, impl=impl), w, bias, torch.float32, impl=impl)
+    assert torch.equal(y, linear(x, w, bias, impl=impl))
+
+
+def test_rows_that_are_int8_are_refused_by_a_weight_that_wants_them_as_they_are() -> None:
+    w = plain("w4a16-g64", 8, 64)
+    assert not quantizes(torch.randn(2, 64), w, impl="reference")
+    with pytest.raises(Unsupported, match="w4a16-g64 multiplies rows as they are, these are int8; call linear"):
+        linear_quantized(quantize_rows(torch.randn(2, 64), impl="reference"), w, impl="reference")
