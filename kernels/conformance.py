@@ -16,6 +16,9 @@ from ..formats.tensor import ExpertsTensor, QuantTensor
 from .op import Op, Run
 
 
+Expectation = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory of torch holds NaN, or the largest integer, while this is open: outputs and workspaces alike."""
@@ -54,12 +57,23 @@ def answer(op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None) -> 
     return out if isinstance(out, tuple) else (out,)
 
 
-def faults(op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None) -> list[str]:
-    """What is wrong with a body's answer to the op's public arguments; an empty list when it is in the op's tolerance."""
-    want, got = answer(op, "reference", args), answer(op, impl, args, run)
+def expectation(op: Op, args: tuple[Any, ...]) -> Expectation:
+    """What the reference makes of the op's public arguments, and how far a body may be from it, output by output."""
+    want = answer(op, "reference", args)
     flat = op.contract.unwrap(*packed(op, "reference", args))
     allowed = op.contract.tolerance(want if len(want) > 1 else want[0], *flat)
-    allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+    return want, allowed if isinstance(allowed, tuple) else (allowed,)
+
+
+def faults(
+    op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None, against: Expectation | None = None
+) -> list[str]:
+    """What is wrong with a body's answer to the op's public arguments; an empty list when it is in the op's tolerance.
+
+    `against` is what `expectation` said of these arguments, for a caller who tries several bodies.
+    """
+    want, allowed = expectation(op, args) if against is None else against
+    got = answer(op, impl, args, run)
     names = [f"{op.name} {impl}, output {i}" if len(want) > 1 else f"{op.name} {impl}" for i in range(len(want))]
     found = [difference(*each) for each in zip(names, got, want, allowed, strict=True)]
     return [text for text in found if text is not None]

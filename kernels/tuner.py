@@ -233,12 +233,13 @@ def measure(problem: Problem, machine: Machine, seed: int = 0) -> Outcome:
     base = gpu.heuristic(problem.shape, card)
     others = [c for c in gpu.candidates(problem.shape, card) if c != base][: tuning.MOST_CANDIDATES]
     args = which.cases.inputs(problem.case, seed, machine.where.type)
+    expected = conformance.expectation(op, args)
     copies = _copies(conformance.packed(op, "triton", args), card.l2_bytes)
     flats = [op.contract.unwrap(*each) for each in copies]
     rejected: dict[str, str] = {}
     passed: dict[str, Any] = {}
     for name, config in {BASE: base, **{f"{i}": c for i, c in enumerate(others)}}.items():
-        why = _fault(problem, machine, args, flats[0], config)
+        why = _fault(problem, machine, copies[0], flats[0], config, expected)
         if why is None:
             passed[name] = config
         else:
@@ -305,14 +306,21 @@ def _start(gpu: ModuleType, card: Card, flat: tuple[Any, ...], config: Any) -> A
     return out
 
 
-def _fault(problem: Problem, machine: Machine, args: tuple[Any, ...], flat: tuple[Any, ...], config: Any) -> str | None:
-    """None, or why a Config is not timed."""
+def _fault(
+    problem: Problem,
+    machine: Machine,
+    args: tuple[Any, ...],
+    flat: tuple[Any, ...],
+    config: Any,
+    expected: conformance.Expectation,
+) -> str | None:
+    """None, or why a Config is not timed. `args` are packed, and `flat` is the same."""
     gpu, op = problem.subject.gpu, problem.subject.op
     try:
         why = machine.refuses(gpu.plan(machine.card, *flat, config=config)[1])
         if why is not None:
             return why
-        found = conformance.faults(op, "triton", args, lambda *each: _start(gpu, machine.card, each, config))
+        found = conformance.faults(op, "triton", args, lambda *each: _start(gpu, machine.card, each, config), expected)
     except (ValueError, NotImplementedError) as error:  # plan refuses what the kernel cannot run
         return str(error)
     return "; ".join(found) or None
