@@ -68,31 +68,41 @@ def sixteen_bit(
     w2: torch.Tensor,
     matmul: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """The baseline: pairs sorted by expert, one product per expert that has any, SwiGLU in the type of h: [T, hidden].
-
-    On a card torch's grouped product takes all experts in one launch and asks the host nothing, so that the decode loop
-    can be captured; it is bf16 only. Elsewhere the host must know how many rows each expert has.
-    """
+    """The baseline: pairs sorted by expert, one product per expert that has any, SwiGLU in the type of h: [T, hidden]."""
     tokens, topk = ids.shape
-    ffn = w2.shape[2]
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     rows = h[order // topk]  # [P, hidden]
     counts = torch.zeros(w13.shape[0], dtype=torch.int64, device=h.device).scatter_add_(0, flat, torch.ones_like(flat))
     made = torch.empty_like(rows)
     if h.device.type == "cuda" and h.dtype == torch.bfloat16:
-        ends = counts.cumsum(0, dtype=torch.int32)
-        gate_up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends)
-        made[order] = torch._grouped_mm(F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), w2.transpose(1, 2), offs=ends)
+        made[order] = grouped(rows, counts, w13, w2)
     else:
-        start = 0
-        for expert, count in enumerate(counts.tolist()):
-            if count == 0:
-                continue
-            end = start + count
-            gate_up = matmul(rows[start:end], w13[expert])
-            inner = F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:])
-            made[order[start:end]] = matmul(inner, w2[expert])
-            start = end
+        made[order] = one_by_one(rows, counts, w13, w2, matmul)
     # fp32 sums inside of the product, rounded once
     return torch.bmm(weights.to(h.dtype)[:, None], made.view(tokens, topk, -1))[:, 0]
+
+
+def grouped(rows: torch.Tensor, counts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """Sorted rows [P, hidden] through their experts, `counts` [E] of them each, by torch's grouped product (bf16 only).
+
+    All experts are one launch and the host is asked nothing, so that a decode loop on a card can be captured.
+    """
+    ends, ffn = counts.cumsum(0, dtype=torch.int32), w2.shape[2]
+    gate_up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends)
+    return torch._grouped_mm(F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), w2.transpose(1, 2), offs=ends)
+
+
+def one_by_one(
+    rows: torch.Tensor, counts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, matmul: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """The same, a product per expert that has any row: in any float type, but the host waits for `counts`."""
+    out, start, ffn = torch.empty_like(rows), 0, w2.shape[2]
+    for expert, count in enumerate(counts.tolist()):
+        if count == 0:
+            continue
+        end = start + count
+        gate_up = matmul(rows[start:end], w13[expert])
+        out[start:end] = matmul(F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), w2[expert])
+        start = end
+    return out

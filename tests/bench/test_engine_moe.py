@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from percard.bench.engine import load, load_config
 from percard.bench.engine.config import parse_config
-from percard.bench.engine.experts import Moe, route, sixteen_bit
+from percard.bench.engine.experts import Moe, grouped, one_by_one, route, sixteen_bit
 from percard.formats import affine, compressed_tensors
 from percard.formats.spec import FormatError, QuantSpec
 from percard.formats.tensor import ExpertsTensor
@@ -149,6 +149,15 @@ def test_the_grouped_baseline_is_the_sum_of_its_experts() -> None:
 
         assert torch.allclose(sixteen_bit(h, ids, weights, w13, w2, matmul), want, atol=1e-4)
         assert sum(calls) == 2 * ids.numel() and len(calls) == 2 * len(ids.unique())
+
+
+def test_the_product_that_a_card_takes_is_that_of_one_expert_after_the_other() -> None:
+    """torch's grouped product runs on a CPU as well: the way of a card, without one."""
+    random = torch.Generator().manual_seed(4)
+    w13, w2 = (torch.randn(6, n, k, generator=random).bfloat16() / 8 for n, k in ((64, 64), (64, 32)))
+    rows, counts = torch.randn(11, 64, generator=random).bfloat16(), torch.tensor([0, 4, 0, 1, 6, 0])
+    want = one_by_one(rows, counts, w13, w2, torch.nn.functional.linear)
+    assert torch.allclose(grouped(rows, counts, w13, w2).float(), want.float(), rtol=0.02, atol=0.02)
 
 
 def test_what_one_step_reads_grows_with_the_batch(checkpoint) -> None:
