@@ -15,7 +15,6 @@ from ..formats.layout import repack, repack_experts
 from ..formats.tensor import ExpertsTensor, QuantTensor
 from .op import Op, Run
 
-
 Expectation = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
