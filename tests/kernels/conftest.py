@@ -26,6 +26,9 @@ OPS = (
 PRODUCERS = ("rmsnorm_quantize", "silu_mul_quantize")  # test_producers.py
 
 
+os.environ.setdefault("PERCARD_TUNED", os.devnull)  # what a developer tuned must not decide what is tested
+
+
 class Body(NamedTuple):
     """One body of one op as a test runs it: where, and with which instruction set (None: not a C++ body)."""
 
