@@ -78,7 +78,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All entries of a tuned file; none when there is no such file. ValueError when it is of another schema."""
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     if file.get("schema") != SCHEMA:
         raise ValueError(f"{path.name}: schema is {file.get('schema')!r}, expected {SCHEMA}; tune again")
