@@ -51,5 +51,13 @@ PERCARD_INLINE F32 load_part(const float* p, int64_t count) {
     return load_f32(lanes);
 }
 
+// While the codes of group g of block b stream by: asks for the scales [groups, np] of a few groups later. They lie np
+// floats apart, each in a line and a page of its own, where no hardware looks ahead.
+PERCARD_INLINE void prefetch_scale(const float* scale, int64_t np, int64_t groups, int64_t g, int64_t b) {
+    constexpr int64_t kAhead = 8;
+    const int64_t next = g + kAhead;
+    prefetch(scale + (next < groups ? next * np + b * 16 : (next - groups) * np + (b + 1) * 16));
+}
+
 }  // namespace PERCARD_ISA
 }  // namespace percard

@@ -77,6 +77,7 @@ static void stream(const Job& j, const float* x, int64_t b) {
     for (int t = 0; t < T; ++t) sum[t] = set_f32(0.0f);
     for (int64_t g = 0, line = 0; g < j.groups; ++g) {
         const int64_t end = min_of(line + group_lines, j.lines);
+        prefetch_scale(j.a.scale, j.np, j.groups, g, b);
         const typename W::template Values<kZero> values(kZero ? j.zero(g, b) : nullptr);
         F32 part[T][kChains];
         for (int t = 0; t < T; ++t)

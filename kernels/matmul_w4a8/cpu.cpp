@@ -84,6 +84,7 @@ static void tile(const Job& j, const uint8_t* w, int64_t b, int64_t m) {
     int64_t line = 0;
     for (int64_t g = 0; g < j.groups; ++g) {
         const int64_t end = min_of(line + j.group_lines, j.lines);
+        if constexpr (kPacked) prefetch_scale(j.a.scale, j.np, j.groups, g, b);
         I32 acc[T];
         for (int t = 0; t < T; ++t) acc[t] = set_i32(-j.sums[(m + t) * j.groups + g]);
         for (; line + 4 <= end; line += 4)
