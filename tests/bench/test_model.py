@@ -216,3 +216,19 @@ def test_the_probe_names_the_fastest_and_what_failed(shape, monkeypatch):
     assert found.failed == {torch.float16: "fp16: no fp16 here"} and found.fastest("decode") == torch.float32
     with pytest.raises(RuntimeError, match="no fp16 here"):
         probe_module.probe(config, None, [torch.float16], device=CPU, prompt=8).fastest("prefill")
+
+
+def test_a_mixture_of_experts_is_compared_by_the_same_verb(tmp_path, monkeypatch):
+    raw = json.loads((load_config.__globals__["SHAPES"] / "qwen3-30b-a3b.json").read_text())
+    raw |= SMALL | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "mixture.json").write_text(json.dumps(raw))
+    monkeypatch.setitem(load_config.__globals__, "SHAPES", tmp_path / "shapes")
+    records = run("shape:mixture", ["w4a16-g64", "w8a8"], plan=PLAN, device=CPU)
+    assert [r for r in records if r.status != "ok"] == []
+    assert records[0].body["impl"] == "torch" and records[0].body["same_fusions"]
+    found = by_case(records)
+    four, eight = (found[spec, "int8-row", False] for spec in ("w4a16-g64", "w8a8"))
+    assert four.body["impl"] == "matmul_w4a16.cpu + moe_matmul.cpu" and not four.body["same_fusions"]
+    assert eight.body["impl"].endswith("quantize_rows.cpu + matmul_w8a8.cpu + moe_matmul.cpu")
+    assert four.roofline["bytes"] < four.memory["weights"], "a step of one token reads two experts of six"
