@@ -98,6 +98,41 @@ def tile_index(pid, tiles_n, tiles_m, GROUP: tl.constexpr):
     return first_n + inside % rows, inside // rows
 
 
+@triton.jit
+def tile_of(M, N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RASTER: tl.constexpr):
+    """Rows of W and tokens of this program's tile: offs_n [BLOCK_N], offs_m [BLOCK_M]."""
+    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
+    return tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def part_of_k(steps, steps_per_split):
+    """This program's part of the loop over K: its number, its first step, the step behind its last."""
+    split = tl.program_id(1)
+    first = split * steps_per_split
+    return split, first, tl.minimum(first + steps_per_split, steps)
+
+
+@triton.jit
+def store_int32(
+    acc, split, offs_n, offs_m, M, N, sx_ptr, sw_ptr, bias_ptr, y_ptr, stride_ym,
+    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Exact sums int32 [BLOCK_N, BLOCK_M] times sx[m] * sw[n], plus bias; PARTIAL: as they are, as part `split` of K."""
+    mask_n, mask_m = offs_n < N, offs_m < M
+    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if PARTIAL:
+        tl.store(y_ptrs, tl.trans(acc), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+    else:
+        sx = tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+        sw = tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+        y = acc.to(tl.float32) * sx[None, :] * sw[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        tl.store(y_ptrs, tl.trans(y).to(y_ptr.dtype.element_ty), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+
+
 # 4-bit codes to bf16 or fp16, two in a register. Of the words of packing planes16_w4 one 32-bit register holds two:
 #
 #     bit 31  28 27  24 23  20 19  16 15  12 11   8 7    4 3    0

@@ -28,9 +28,11 @@ from ..tiles import (
     INTERPRETED,
     Launch,
     add_slices_launch,
+    part_of_k,
     registers,
     start,
-    tile_index,
+    store_int32,
+    tile_of,
     unpack_plane8,
     unpack_plane8_times,
     unpack_plane8_with,
@@ -62,14 +64,10 @@ def matmul_w4a8_rows_kernel(
 
     Source: 4-bit codes times int8 after QServe (mit-han-lab/omniserve) and QQQ (HandH1998/QQQ); 16 q is ours.
     """
-    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
-    split = tl.program_id(1)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_m = tile_of(M, N, BLOCK_N, BLOCK_M, RASTER)
     offs_j = tl.arange(0, 64)
-    mask_n, mask_m = offs_n < N, offs_m < M
-    first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128))
+    mask_m = offs_m < M
+    split, first, last = part_of_k(tl.cdiv(K, 128), steps_per_split)
     # Rows of W past the padding wrap around: their sums are never stored, so no mask is spent on them.
     w_ptrs = w_ptr + (offs_n % N_PAD).to(tl.int64)[:, None] * stride_wn + (first * 64 + offs_j)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * 128 + offs_j)[:, None]
@@ -88,17 +86,7 @@ def matmul_w4a8_rows_kernel(
         x_ptrs += 128
 
     acc = acc >> 4  # 16 q -> q, exact
-    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    if PARTIAL:
-        tl.store(y_ptrs, tl.trans(acc), mask=mask_y)  # [BLOCK_M, BLOCK_N]
-    else:
-        sx = tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
-        sw = tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
-        y = acc.to(tl.float32) * sx[None, :] * sw[:, None]
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-        tl.store(y_ptrs, tl.trans(y).to(y_ptr.dtype.element_ty), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+    store_int32(acc, split, offs_n, offs_m, M, N, sx_ptr, sw_ptr, bias_ptr, y_ptr, stride_ym, HAS_BIAS, PARTIAL)
 
 
 @triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
@@ -118,15 +106,11 @@ def matmul_w4a8_groups_kernel(
                                                                             64 p + J h .. 64 p + J h + J - 1
     """
     PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
-    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
-    split = tl.program_id(1)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_m = tile_of(M, N, BLOCK_N, BLOCK_M, RASTER)
     offs_j = tl.arange(0, PIECE)
     rows = offs_n % N_PAD
     mask_n, mask_m = offs_n < N, offs_m < M
-    first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128))
+    split, first, last = part_of_k(tl.cdiv(K, 128), steps_per_split)
     w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + (first * 64 + offs_j)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * 128 + offs_j)[:, None]
     sw_ptrs = sw_ptr + first.to(tl.int64) * (128 // GROUP) * N_PAD + rows
@@ -179,15 +163,11 @@ def matmul_w4a8_two_level_kernel(
     Source: progressive group quantisation after QServe (arXiv 2405.04532).
     """
     PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
-    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
-    split = tl.program_id(1)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_m = tile_of(M, N, BLOCK_N, BLOCK_M, RASTER)
     offs_j = tl.arange(0, PIECE)
     rows = offs_n % N_PAD
-    mask_n, mask_m = offs_n < N, offs_m < M
-    first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128))
+    mask_m = offs_m < M
+    split, first, last = part_of_k(tl.cdiv(K, 128), steps_per_split)
     w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + (first * 64 + offs_j)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * 128 + offs_j)[:, None]
     times_ptrs = times_ptr + first.to(tl.int64) * (128 // GROUP) * N_PAD + rows
@@ -210,17 +190,7 @@ def matmul_w4a8_two_level_kernel(
         x_ptrs += 128
         times_ptrs += (128 // GROUP) * N_PAD
 
-    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    if PARTIAL:
-        tl.store(y_ptrs, tl.trans(acc), mask=mask_y)  # [BLOCK_M, BLOCK_N]
-    else:
-        sx = tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
-        sw = tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
-        y = acc.to(tl.float32) * sx[None, :] * sw[:, None]
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-        tl.store(y_ptrs, tl.trans(y).to(y_ptr.dtype.element_ty), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+    store_int32(acc, split, offs_n, offs_m, M, N, sx_ptr, sw_ptr, bias_ptr, y_ptr, stride_ym, HAS_BIAS, PARTIAL)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .. import device, tuning, weight_only_plan
 from ..device import Card
-from ..tiles import Launch, Product, start, tile_index, unpack_plane16_w8, word8_scale
+from ..tiles import Launch, Product, part_of_k, start, tile_of, unpack_plane16_w8, word8_scale
 from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant, why
 from . import contract
 
@@ -54,15 +54,11 @@ def matmul_w8a16_kernel(
     Source: weights on the left so that they stay in registers, as tilelang and triton_kernels turn the product (SWAP_XW).
     """
     PIECE: tl.constexpr = GROUP if GROUP < 64 else 64
-    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
-    split = tl.program_id(1)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_m = tile_of(M, N, BLOCK_N, BLOCK_M, RASTER)
     offs_j = tl.arange(0, PIECE)
     rows = offs_n % N_PAD  # rows past the padding wrap around: they are never stored, so no mask is spent on them
     mask_n, mask_m = offs_n < N, offs_m < M
-    first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, 128 * PACK_BLOCKS))
+    split, first, last = part_of_k(tl.cdiv(K, 128 * PACK_BLOCKS), steps_per_split)
     w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + (first * (64 * PACK_BLOCKS) + offs_j)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * (128 * PACK_BLOCKS) + offs_j)[:, None]
 

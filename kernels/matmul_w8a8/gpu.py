@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .. import device, tuning
 from ..device import Card
-from ..tiles import FUSION, Launch, add_slices_launch, start, tile_index
+from ..tiles import FUSION, Launch, add_slices_launch, part_of_k, start, store_int32, tile_of
 from . import contract
 
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
@@ -36,15 +36,11 @@ def matmul_w8a8_kernel(
 
     Source: the tiles after torchao's int8_mm.py and DeepGEMM; weights on the left as in the 4-bit kernels.
     """
-    tile_n, tile_m = tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), RASTER)
-    split = tl.program_id(1)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_m = tile_of(M, N, BLOCK_N, BLOCK_M, RASTER)
     PIECE: tl.constexpr = BLOCK_K // DOTS
     offs_k = tl.arange(0, PIECE)
-    mask_n, mask_m = offs_n < N, offs_m < M
-    first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_K))
+    mask_m = offs_m < M
+    split, first, last = part_of_k(tl.cdiv(K, BLOCK_K), steps_per_split)
     # Rows of W past the padding wrap around: their sums are never stored, so no mask is spent on them.
     w_ptrs = w_ptr + (offs_n % N_PAD).to(tl.int64)[:, None] * stride_wn + (first * BLOCK_K + offs_k)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + (first * BLOCK_K + offs_k)[:, None]
@@ -61,17 +57,7 @@ def matmul_w8a8_kernel(
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
-    y_ptrs = y_ptr + (split * M + offs_m).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    if PARTIAL:
-        tl.store(y_ptrs, tl.trans(acc), mask=mask_y)  # [BLOCK_M, BLOCK_N]
-    else:
-        sx = tl.load(sx_ptr + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
-        sw = tl.load(sw_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
-        y = acc.to(tl.float32) * sx[None, :] * sw[:, None]
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-        tl.store(y_ptrs, tl.trans(y).to(y_ptr.dtype.element_ty), mask=mask_y)  # [BLOCK_M, BLOCK_N]
+    store_int32(acc, split, offs_n, offs_m, M, N, sx_ptr, sw_ptr, bias_ptr, y_ptr, stride_ym, HAS_BIAS, PARTIAL)
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,9 @@ def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
         changes += [{"raster": r} for r in (4, 16)]
 
     def fits(c: Config) -> bool:
-        return (c.block_n + c.block_m) * c.block_k * c.num_stages <= card.shared_bytes and 4 * c.split_k <= max(4, steps)
+        return (c.block_n + c.block_m) * c.block_k * c.num_stages <= card.shared_bytes and 4 * c.split_k <= max(
+            4, steps
+        )
 
     return tuning.variants(base, changes, fits)
 
