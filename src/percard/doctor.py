@@ -14,19 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .formats import affine, layout
-from .formats.spec import QuantSpec
-from .kernels import device
+from .kernels import conformance, device
 from .kernels.op import Unsupported, native
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .formats.tensor import QuantTensor
     from .kernels.op import Body, Op
+    from .kernels.shapes import Case
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "compressed-tensors", "huggingface_hub", "vllm", "sglang")
-K, N, M = 256, 128, 4  # a call small enough to make in a moment, and a multiple of every tile
 SERVES, STANDS_BY, ON_REQUEST, REFUSES = "serves", "stands by", "on request", "refuses"
 
 
@@ -54,7 +51,7 @@ class Diagnosis:
 
 def examine() -> Diagnosis:
     """Asks the machine; allocates a few kilobytes on a card when there is one."""
-    rows = [row for op, spec in _ops() for where in _devices() for row in _bodies(op, spec, where)]
+    rows = [row for op, cases in _ops() for case in cases for where in _devices() for row in _bodies(op, case, where)]
     machine = _machine()
     return Diagnosis(machine, {name: _version(name) for name in PACKAGES}, tuple(rows), tuple(_advice(machine, rows)))
 
@@ -74,7 +71,7 @@ def show(diagnosis: Diagnosis) -> list[RenderableType]:
         table.add_column(column, overflow="fold")
     last = None
     for row in diagnosis.ops:
-        key = (row.op, row.device)
+        key = (row.op, row.spec, row.device)
         style = {SERVES: "green", REFUSES: "dim"}.get(row.state, "")
         names = ("", "", "") if key == last else (row.op, row.spec or "", row.device)
         table.add_row(*names, row.body, f"[{style}]{row.state}[/]" if style else row.state, row.reason or "")
@@ -129,72 +126,49 @@ def _machine() -> dict[str, Any]:
     return facts
 
 
-def _ops() -> list[tuple[Op, QuantSpec | None]]:
-    """Every op folder, with the spec of weight that it takes (from its name: matmul_w4a16 takes w4a16)."""
+def _ops() -> list[tuple[Op, list[Case]]]:
+    """Every op folder, with a small problem for each spec of weight that the op takes; bf16 where there is one."""
     from . import kernels
 
-    found: list[tuple[Op, QuantSpec | None]] = []
+    found = []
     for item in sorted(pkgutil.iter_modules(kernels.__path__), key=lambda i: i.name):
         if item.ispkg:
-            op = getattr(importlib.import_module(f"{kernels.__name__}.{item.name}"), item.name)
-            found.append((op, _spec_of(item.name)))
+            package = f"{kernels.__name__}.{item.name}"
+            small = importlib.import_module(f"{package}.cases").SMALL
+            op, first = getattr(importlib.import_module(package), item.name), {}
+            for case in sorted(small, key=lambda c: c.dtype != torch.bfloat16):
+                # Only experts lie packed in more than one way that a body reads.
+                first.setdefault(case.spec.split("-")[0] if hasattr(op.contract, "PACKINGS") else "", case)
+            found.append((op, list(first.values())))
     return found
-
-
-def _spec_of(name: str) -> QuantSpec | None:
-    bits = name.removeprefix("matmul_")
-    if bits == name:
-        return None
-    return QuantSpec.parse(bits if bits == "w8a8" else f"{bits}-g128")
 
 
 def _devices() -> list[str]:
     return ["cpu", "cuda"] if device.has_card() else ["cpu"]
 
 
-def _bodies(op: Op, spec: QuantSpec | None, where: str) -> list[Row]:
+def _bodies(op: Op, case: Case, where: str) -> list[Row]:
     """A row per body; each is asked about a weight in the packing it wants, as `prepare` would hand it over."""
     rows, served = [], False
     for body in op.bodies:
-        reason = _refusal(op, body, spec, where)
+        reason = _refusal(op, body, case, where)
         if body.name == "reference":
             state, reason = ON_REQUEST, "exact and slow: impl='reference'"
         elif reason is not None:
             state = REFUSES
         else:
             state, served = (STANDS_BY if served else SERVES), True
-        rows.append(Row(op.name, None if spec is None else str(spec), where, body.name, state, reason))
+        rows.append(Row(op.name, case.spec or None, where, body.name, state, reason))
     return rows
 
 
-def _refusal(op: Op, body: Body, spec: QuantSpec | None, where: str) -> str | None:
+def _refusal(op: Op, body: Body, case: Case, where: str) -> str | None:
+    inputs = importlib.import_module(f"{op.contract.__package__}.cases").inputs
     try:
-        return body.refuses(*op.contract.unwrap(*_example(op, body, spec, where)))
+        ready = conformance.packed(op, body.name, inputs(case, 0, where))
+        return body.refuses(*op.contract.unwrap(*ready))
     except (NotImplementedError, ValueError) as error:
         return str(error)
-
-
-def _example(op: Op, body: Body, spec: QuantSpec | None, where: str) -> tuple[Any, ...]:
-    """Public arguments of a small call."""
-    x = torch.linspace(-1, 1, M * K, device=where, dtype=torch.bfloat16).reshape(M, K)
-    if op.name == "search_scale":
-        return torch.linspace(-1, 1, N * K, device=where).reshape(N, K), QuantSpec.parse("w4a16-g128"), torch.bfloat16
-    if spec is None:
-        return (x,)
-    weight = _weight(spec, body.packing).to(where)
-    if spec.act_bits == 16:
-        return x, weight
-    codes = torch.ones(M, K, dtype=torch.int8, device=where)
-    scale = torch.ones(M, device=where)
-    if spec.weight_bits == 8:
-        return codes, scale, weight
-    return codes, scale, torch.full((M,), K, dtype=torch.int32, device=where), weight
-
-
-def _weight(spec: QuantSpec, packing: str | None) -> QuantTensor:
-    values = torch.linspace(-1, 1, N * K).reshape(N, K)
-    plain = affine.quantize(values, spec, affine.scale_dtype_of(spec, torch.bfloat16))
-    return plain if packing in (None, "plain") else layout.repack(plain, packing)
 
 
 def _advice(machine: dict[str, Any], rows: list[Row]) -> list[str]:
