@@ -18,6 +18,7 @@ import sys
 import venv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,10 +151,10 @@ def compare(
         calls: dict[str, dict[str, Callable[[], Any]]] = {"prefill": {}, "decode": {}}
         tokens = torch.randint(0, config["vocab_size"], (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
         for spec, kind in PAIRS.items():
-            calls["prefill"][spec] = lambda spec=spec: ours[spec].prefill(tokens)
-            calls["prefill"][kind] = lambda kind=kind: side("prefill", files[kind], tokens=tokens)
-            calls["decode"][spec] = lambda spec=spec: ours[spec].decode(prompt, new)
-            calls["decode"][kind] = lambda kind=kind: side("decode", files[kind], depth=prompt, new=new)
+            calls["prefill"][spec] = partial(ours[spec].prefill, tokens)
+            calls["prefill"][kind] = partial(side, "prefill", files[kind], tokens=tokens)
+            calls["decode"][spec] = partial(ours[spec].decode, prompt, new)
+            calls["decode"][kind] = partial(side, "decode", files[kind], depth=prompt, new=new)
         noisy, read = card.noise(torch.device("cpu")), card.read_bandwidth(torch.device("cpu"))
         times = {}
         for phase in calls:
