@@ -57,6 +57,7 @@ EXPECT = Expect(
     quick=(
         Case("qwen3-8b.k4096.decode.b1.residual", 1, 0, 4096, "", bias=True, small=False),
         Case("qwen3-32b.k5120.decode.b1.residual", 1, 0, 5120, "", bias=True, small=False),
+        Case("longer.k16384.decode.b1.residual", 1, 0, 16384, "", bias=True, small=False),
     ),
     specs=("",),
     dtypes=(BF16, FP16, FP32),

@@ -1,4 +1,4 @@
-"""Triton body of rmsnorm_quantize: one program per row, three passes over it; the last two find the row in L1 or L2."""
+"""Triton body of rmsnorm_quantize: one program per row, which it holds in registers; longer rows are passed three times."""
 
 from __future__ import annotations
 
@@ -34,8 +34,42 @@ def _normed(r, inverse_root, weight_ptr, offs, inside):
     return ((r.to(tl.float32) * inverse_root) * weight).to(r.dtype).to(tl.float32)
 
 
+@triton.jit
+def _inverse_root(squares, K, eps):
+    """1 / sqrt(mean + eps) of sums of squares [BLOCK_K]."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), K * 1.0) + eps))
+
+
 @triton.jit  # specialised for K % 16 == 0: without knowing that of its mask, a load takes one element at a time
 def rmsnorm_quantize_kernel(
+    x_ptr, weight_ptr, residual_ptr, q_ptr, scale_ptr, row_sum_ptr, r_ptr,
+    K, eps,
+    stride_xm, stride_sm, stride_qm,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As rmsnorm_quantize_rows_kernel, for K <= BLOCK_K: a row is read once and stays in registers.
+
+    x + residual  [ BLOCK_K ]  ->  r, sum of squares  ->  y, absmax  ->  q  [ BLOCK_K ]
+    """
+    m = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    inside = offs_k < K
+
+    r = _summed(x_ptr + m * stride_xm, residual_ptr + m * stride_sm, offs_k, inside, HAS_RESIDUAL)
+    if HAS_RESIDUAL:
+        tl.store(r_ptr + m * stride_qm + offs_k, r, mask=inside)
+    inverse_root = _inverse_root(r.to(tl.float32) * r.to(tl.float32), K, eps)
+    y = _normed(r, inverse_root, weight_ptr, offs_k, inside)
+    live, inverse, scale = row_scale(tl.abs(y), y * 0.0)
+    code = row_code(y, live, inverse)
+
+    tl.store(q_ptr + m * stride_qm + offs_k, code.to(tl.int8), mask=inside)
+    tl.store(scale_ptr + m, scale)
+    tl.store(row_sum_ptr + m, tl.sum(code.to(tl.int32), axis=0))
+
+
+@triton.jit
+def rmsnorm_quantize_rows_kernel(
     x_ptr, weight_ptr, residual_ptr, q_ptr, scale_ptr, row_sum_ptr, r_ptr,
     K, eps,
     stride_xm, stride_sm, stride_qm,
@@ -64,7 +98,7 @@ def rmsnorm_quantize_kernel(
         if HAS_RESIDUAL:
             tl.store(r_ptr + m * stride_qm + first + offs_k, r, mask=inside)
         squares += r.to(tl.float32) * r.to(tl.float32)
-    inverse_root = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), K * 1.0) + eps))
+    inverse_root = _inverse_root(squares, K, eps)
 
     peak = tl.zeros((BLOCK_K,), dtype=tl.float32)
     poison = tl.zeros((BLOCK_K,), dtype=tl.float32)
@@ -135,7 +169,8 @@ def plan(
     # All the registers that the warps can have: left alone, ptxas spills 8 bytes to make room for a second program.
     most = min(255, 65536 // (32 * config.num_warps))
     options = {"num_warps": config.num_warps, "maxnreg": most, "enable_fp_fusion": FUSION}
-    return outputs, [Launch(rmsnorm_quantize_kernel, (m,), args, flags | options)]
+    kernel = rmsnorm_quantize_kernel if k <= config.block_k else rmsnorm_quantize_rows_kernel
+    return outputs, [Launch(kernel, (m,), args, flags | options)]
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float) -> contract.Outputs:

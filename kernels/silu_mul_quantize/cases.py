@@ -42,7 +42,10 @@ def blank(case: Case) -> tuple[Any, ...]:
 
 
 EXPECT = Expect(
-    quick=(Case("qwen3-8b.k12288.decode.b1", 1, 0, 12288, "", small=False),),
+    quick=(
+        Case("qwen3-8b.k12288.decode.b1", 1, 0, 12288, "", small=False),
+        Case("qwen3-0.6b.k3072.decode.b1", 1, 0, 3072, "", small=False),
+    ),
     specs=("",),
     dtypes=(BF16, FP16, FP32),
     mma={"sm_80": "", "sm_89": "", "sm_90": "", "sm_100": ""},

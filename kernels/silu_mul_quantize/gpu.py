@@ -1,4 +1,4 @@
-"""Triton body of silu_mul_quantize: one program per row, two passes over it; the second finds the row in L1 or L2."""
+"""Triton body of silu_mul_quantize: one program per row, which it holds in registers; longer rows are passed twice."""
 
 from __future__ import annotations
 
@@ -30,6 +30,30 @@ def _product(gate_row, up_row, offs, inside):
 
 @triton.jit  # specialised for K % 16 == 0: without knowing that of its mask, a load takes one element at a time
 def silu_mul_quantize_kernel(
+    gate_ptr, up_ptr, q_ptr, scale_ptr, row_sum_ptr,
+    K,
+    stride_xm, stride_qm,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As silu_mul_quantize_rows_kernel, for K <= BLOCK_K: a row is read once, and y stays in registers.
+
+    gate, up  [ BLOCK_K ]  ->  y, absmax  ->  q  [ BLOCK_K ]
+    """
+    m = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    inside = offs_k < K
+
+    y = _product(gate_ptr + m * stride_xm, up_ptr + m * stride_xm, offs_k, inside)
+    live, inverse, scale = row_scale(tl.abs(y), y * 0.0)
+    code = row_code(y, live, inverse)
+
+    tl.store(q_ptr + m * stride_qm + offs_k, code.to(tl.int8), mask=inside)
+    tl.store(scale_ptr + m, scale)
+    tl.store(row_sum_ptr + m, tl.sum(code.to(tl.int32), axis=0))
+
+
+@triton.jit
+def silu_mul_quantize_rows_kernel(
     gate_ptr, up_ptr, q_ptr, scale_ptr, row_sum_ptr,
     K,
     stride_xm, stride_qm,
@@ -78,16 +102,19 @@ class Config:
 
 
 def heuristic(shape: tuning.Shape, card: Card) -> Config:
-    """16 elements a thread; 8192 at once, or 4096 where there are more rows than SMs: one loads while another adds up."""
-    most = 8192 if shape.m <= card.sms else 4096
-    block = min(max(triton.next_power_of_2(shape.k), 128), most)
+    """16 elements a thread: the whole row up to 8192, of longer ones as much.
+
+    Half of it where there are more long rows than SMs, so that one program loads while another adds up.
+    """
+    whole = max(triton.next_power_of_2(shape.k), 128)
+    block = whole if whole <= 8192 else 8192 if shape.m <= card.sms else 4096
     return Config(block_k=block, num_warps=min(max(block // 512, 1), 16))
 
 
 def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
     """What a tuner tries beside the heuristic: 1024 to 16384 at once, 8 to 32 elements a thread. None changes a bit."""
     base, whole = heuristic(shape, card), max(triton.next_power_of_2(shape.k), 128)
-    changes = [{"block_k": b, "num_warps": w} for b in (1024, 2048, 4096, 8192, 16384) for w in (2, 4, 8, 16)]
+    changes = [{"block_k": b, "num_warps": w} for b in (1024, 2048, 4096, 8192, 16384) for w in (2, 4, 8, 16, 32)]
     return tuning.variants(base, changes, lambda c: c.block_k <= whole and 8 <= c.block_k // (32 * c.num_warps) <= 32)
 
 
@@ -109,7 +136,8 @@ def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[Row
     config = config or config_for(tuning.Shape(m, 0, k, k, x.dtype), card)
     args = (x, x[:, k:], q, scale, row_sum, k, x.stride(0), q.stride(0))
     options = {"BLOCK_K": config.block_k, "num_warps": config.num_warps, "enable_fp_fusion": FUSION}
-    return (q, scale, row_sum), [Launch(silu_mul_quantize_kernel, (m,), args, options)]
+    kernel = silu_mul_quantize_kernel if k <= config.block_k else silu_mul_quantize_rows_kernel
+    return (q, scale, row_sum), [Launch(kernel, (m,), args, options)]
 
 
 def run(x: torch.Tensor) -> Rows:

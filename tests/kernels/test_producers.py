@@ -6,6 +6,7 @@ The interpreter cuts bf16 off instead of rounding it, so bf16 is left to the car
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -259,6 +260,26 @@ def test_fused_and_unfused_agree_but_for_borders(body: Any, seed: int) -> None:
             y = F.silu(gate) * up
         got, want = answer(body.op, body.name, args)[0], quantize_rows(y, impl=body.name)[0]
         assert (got != want).float().mean() < 2e-3 and (got.int() - want.int()).abs().max() <= 2
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("name", BOTH)
+def test_triton_gives_the_same_with_a_row_at_once_and_in_parts(name: str, seed: int) -> None:
+    gpu = importlib.import_module(f"percard.kernels.{name}.gpu")
+    the_op, cases = {"rmsnorm_quantize": (rmsnorm_quantize, rmsnorm_cases)}.get(name, (silu_mul_quantize, silu_cases))
+    args = cases.inputs(rmsnorm_cases.tiny(3, 700, FP16, name == "rmsnorm_quantize"), seed)
+    found = []
+    for block in (128, 256, 1024, 2048):
+
+        def run(*flat: Any, block: int = block) -> Any:
+            out, launches = gpu.plan(device.H200, *flat, config=gpu.Config(block, 4))
+            gpu.start(launches, flat[0].device)
+            found.append(out)
+            return out
+
+        assert faults(the_op, "triton", args, run) == [], block
+    if name == "silu_mul_quantize":  # without a sum there is nothing that a block could change
+        assert all(torch.equal(a, b) for out in found[1:] for a, b in zip(found[0], out, strict=True))
 
 
 def test_all_instruction_sets_have_scalars_bits(seed: int) -> None:
