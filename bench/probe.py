@@ -29,7 +29,8 @@ FLOATS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 @dataclass(frozen=True)
 class Probe:
-    """Seconds of one decoder block by phase and dtype; `failed` says why a dtype has none. Decode is one token.
+    """Seconds of one decoder block by phase and dtype; `failed` says why a dtype has none. Decode is one token, and a
+    float one has its share of the head.
 
     `mv` are the dtypes whose decode was faster through torch.mv; their seconds are those of torch.mv.
     """
@@ -63,7 +64,8 @@ def probe(
     impl: str | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Probe:
-    """Times one block of random weights at the true shape: `prompt` tokens at once, and one token at that depth.
+    """Times one block of random weights at the true shape: `prompt` tokens at once, and one token at that depth; without a
+    spec a decode has its share of the head.
 
     The same weights in each dtype, quantised to `spec` first (None = as they are). A dtype that torch cannot run is
     left out with its reason. On a CPU a float decode of one sequence is tried through torch.mv as well.
@@ -117,12 +119,19 @@ def _one(
 
     found = {"prefill": _best(prefill, device, now)}
     found["decode"] = _best(lambda: decode(linear), device, now) / copies
-    if spec is None and batch == 1 and device.type == "cpu":
+    mv = spec is None and batch == 1 and device.type == "cpu"
+    if mv:
         found["mv"] = _best(lambda: decode(one_row_linear), device, now) / copies
+    if spec is None:
+        # The head of a small model is a third of what a step reads. Its time does not depend on the numbers in it.
+        head, last = torch.full((config.vocab, config.hidden), 0.01, device=device, dtype=dtype), x[:, -1:]
+        found["decode"] += _best(lambda: linear(last, head), device, now) / config.layers
+        if mv:
+            found["mv"] += _best(lambda: one_row_linear(last, head), device, now) / config.layers
     return found
 
 
-def _best(function: Callable[[], None], device: torch.device, now: Callable[[], float]) -> float:
+def _best(function: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
     """The best of a few calls after one that warms up; a slow body is called twice only."""
     best, start = float("inf"), now()
     for turn in range(9):
