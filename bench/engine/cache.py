@@ -11,9 +11,9 @@ from .config import Config
 
 @dataclass
 class Cache:
-    """`keys` and `values` are [layers, batch, length, kv_heads, head_dim]; sequence b has filled its first
-    `lengths[b]` positions. What stands after them is never read: prompts are padded on the right, so the next token
-    of a short sequence overwrites its padding.
+    """`keys` and `values` are [layers, batch, kv_heads, length, head_dim], so that what a head reads in a step lies in one
+    piece; sequence b has filled its first `lengths[b]` positions. What stands after them is never read: prompts are
+    padded on the right, so the next token of a short sequence overwrites its padding.
 
     `lengths` lies on the host: one place that knows, no device round trip to read it.
     """
@@ -33,7 +33,7 @@ class Cache:
         layers: int | None = None,
     ) -> Cache:
         """An empty cache for `batch` sequences of at most `length` tokens; `layers` None = all of the model's."""
-        shape = (layers or config.layers, batch, length, config.kv_heads, config.head_dim)
+        shape = (layers or config.layers, batch, config.kv_heads, length, config.head_dim)
         return cls(
             torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), [0] * batch
         )
@@ -45,7 +45,7 @@ class Cache:
     @property
     def room(self) -> int:
         """Positions of one sequence."""
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
     @property
     def nbytes(self) -> int:

@@ -143,8 +143,8 @@ def prefill_into(cache: Cache) -> Attend:
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         new = k.shape[1]
-        cache.keys[layer, :, :new] = k
-        cache.values[layer, :, :new] = v
+        cache.keys[layer, :, :, :new] = k.transpose(1, 2)
+        cache.values[layer, :, :, :new] = v.transpose(1, 2)
         return causal(q, k, v)
 
     return attend
@@ -156,17 +156,18 @@ def step_into(cache: Cache, device: torch.device) -> Attend:
     equal = length == min(cache.lengths)
     if not equal:
         at = torch.tensor(cache.lengths, device=device)
-        slots = at + torch.arange(batch, device=device) * cache.room
+        heads = cache.keys.shape[2]
+        slots = (at[:, None] + torch.arange(batch * heads, device=device).view(batch, heads) * cache.room).view(-1)
         mask = (torch.arange(length + 1, device=device) <= at[:, None])[:, None, None]  # [B, 1, 1, S]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         for pages, new in ((cache.keys[layer], k), (cache.values[layer], v)):
             if equal:
-                pages[:, length] = new[:, 0]
+                pages[:, :, length] = new[:, 0]
             else:
-                pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, new[:, 0])
-        keys = cache.keys[layer, :, : length + 1].transpose(1, 2)  # [B, kv_heads, S, D]
-        values = cache.values[layer, :, : length + 1].transpose(1, 2)
+                pages.view(-1, pages.shape[-1]).index_copy_(0, slots, new.reshape(-1, pages.shape[-1]))
+        keys = cache.keys[layer, :, :, : length + 1]  # [B, kv_heads, S, D]
+        values = cache.values[layer, :, :, : length + 1]
         # The query heads of one key head stand as its rows: one pass over the cache serves the whole group.
         rows = q.reshape(batch, keys.shape[1], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=None if equal else mask)
