@@ -5,7 +5,7 @@
               random weights of the same shapes, head in Q8_0
     timed     prefill of a prompt, then greedy steps behind it: sides in turn (A B A B), same threads, one process each
 
-The other side sleeps while one is timed. `--isa avx2` compares what both do without AVX-512 and AMX: it builds
+The other side sleeps while one is timed, and half a second before. `--isa avx2` compares what both do without AVX-512 and AMX: it builds
 llama.cpp without them and holds ours to `PERCARD_ISA=avx2`. The first run builds llama.cpp, which takes minutes.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ BUILDS = {
     "native": "-DGGML_NATIVE=ON",
     "avx2": "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON",
 }
+REST_S = 0.5  # before each sample
 _SIDE = Path(__file__).with_name("llamacpp_side.py")
 _SHAPES = Path(__file__).with_name("shapes")
 
@@ -105,7 +107,7 @@ class Ours:
 
     def __init__(self, source: str, spec: str, prompt: int, new: int):
         parsed, config, where = QuantSpec.parse(spec), load_config(source), torch.device("cpu")
-        floats = (torch.bfloat16, torch.float16, torch.float32)
+        floats = (torch.bfloat16, torch.float16)
         found = probe(config, parsed, floats, device=where, prompt=prompt, batch=1)
         self.dtypes = {phase: found.fastest(phase) for phase in ("prefill", "decode")}
         self.model = load(
@@ -159,7 +161,8 @@ def compare(
         times = {}
         for phase in calls:
             say(f"timing {phase}, {rounds} rounds of {len(calls[phase])}")
-            times[phase] = clock.ab(calls[phase], rounds=rounds)
+            # The other side's threads spin for a while after their work, on our cores.
+            times[phase] = clock.ab(calls[phase], rounds=rounds, before=lambda name, turn: time.sleep(REST_S))
     finally:
         side.close()
     work = {"prefill": prompt, "decode": new}

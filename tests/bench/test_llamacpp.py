@@ -58,6 +58,7 @@ def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(llamacpp, "_SIDE", script)
     monkeypatch.setattr(llamacpp, "install", lambda folder, isa, say: Path(sys.executable))
     monkeypatch.setattr(llamacpp, "Ours", Engine)
+    monkeypatch.setattr(llamacpp, "REST_S", 0.0)
     monkeypatch.setattr(llamacpp.card, "read_bandwidth", lambda device: 1e10)
     return script
 
