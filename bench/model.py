@@ -29,7 +29,7 @@ from .engine.cache import Cache
 from .engine.config import Config
 from .engine.graphs import capture
 from .fair import NotComparable, Plan, cache_noise, choose_layers, memory_fits
-from .probe import FLOATS, PHASES, Probe, probe
+from .probe import FLOATS, PHASES, Probe, probe, settle
 from .record import Record
 
 __all__ = ["BASELINE", "NotComparable", "Plan", "Side", "run"]
@@ -92,6 +92,11 @@ def run(
     probes = _probes(config, parsed, plan, where, impl, say)
     config, plan = choose_layers(config, probes, plan)
     memory_fits(config, parsed, where)
+    say("timing the baseline in the float types that came near")
+    whole: dict[str, Any] = {"layers": config.layers, "max_len": plan.prompt + 1, "device": where, "seed": plan.seed}
+    probes[BASELINE] = settle(
+        probes[BASELINE], lambda dtype: load(reference, dtype=dtype, **whole), prompt=plan.prompt, batch=plan.batch
+    )
     noisy = card.noise(where) + cache_noise(config, where)
     max_len = max(plan.prompt + plan.new, 0 if text is None else min(config.context, 2048))
     sides = _load_sides(source, reference, parsed, config, plan, probes, max_len, where, impl, say)

@@ -143,7 +143,7 @@ def footnotes(records: Sequence[Record]) -> list[str]:
         phase = "prefill" if ".pp" in record.case else "decode"
         if "baseline_dtype" in record.body:
             chosen, times = record.body["baseline_dtype"], record.body["baseline_probe"]
-            found.setdefault(f"baseline of {phase}: torch {chosen}, the fastest of one layer ({times})")
+            found.setdefault(f"baseline of {phase}: torch {chosen}, the fastest ({times} a layer)")
             if record.body.get("dtype", chosen) != chosen:
                 found.setdefault(f"{record.scheme['spec']}: {phase} in {record.body['dtype']}, the fastest for it")
         quality = record.quality or {}

@@ -86,7 +86,7 @@ def test_markdown_and_footnotes_say_what_the_figures_are_of(records):
     text = report.markdown(report.rows(records), report.title(records), report.footnotes(records))
     for words in ("batch 1", "A processor, 2 threads", "differs from itself by 1.2 %", "noisy: virtual machine"):
         assert words in text
-    assert "gate on tiny: p" in text and "our bodies avx2" in text and "the fastest of one layer" in text
+    assert "gate on tiny: p" in text and "our bodies avx2" in text and "the fastest (bf16 1.00 ms a layer)" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 4
 
