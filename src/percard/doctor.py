@@ -135,7 +135,8 @@ def _ops() -> list[tuple[Op, list[Case]]]:
         if item.ispkg:
             package = f"{kernels.__name__}.{item.name}"
             small = importlib.import_module(f"{package}.cases").SMALL
-            op, first = getattr(importlib.import_module(package), item.name), {}
+            op = getattr(importlib.import_module(package), item.name)
+            first: dict[str, Case] = {}
             for case in sorted(small, key=lambda c: c.dtype != torch.bfloat16):
                 # Only experts lie packed in more than one way that a body reads.
                 first.setdefault(case.spec.split("-")[0] if hasattr(op.contract, "PACKINGS") else "", case)
