@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,61 @@ import torch
 from ...formats import affine
 from ...formats.spec import QuantSpec
 from ...formats.tensor import QuantTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """What a text says about the input x [tokens, K] of a linear, or of all linears that read it.
+
+    gram fp32 [K, K]: the sum of x x^T over tokens. absmax, absmean fp32 [K]: of |x|. sample fp32 [R, K]: R <= 512 rows,
+    drawn evenly by a seed. tokens: how many rows were seen; 0 = none, and then every sum is zero.
+    """
+
+    gram: torch.Tensor
+    absmax: torch.Tensor
+    absmean: torch.Tensor
+    sample: torch.Tensor
+    tokens: int
+
+    def scaled(self, scale: torch.Tensor) -> Stats:
+        """The same for inputs x / scale, scale fp32 [K]."""
+        return Stats(
+            self.gram / scale[:, None] / scale,
+            self.absmax / scale,
+            self.absmean / scale,
+            self.sample / scale,
+            self.tokens,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGroup:
+    """Linears that read one input x [*, K], and where that input comes from: a norm, or the rows of another linear.
+
+    readers: name -> weight fp32 [N, K]; all that reads the input, also what is not quantised (a router). specs: the
+    spec of each reader that is quantised. stats: of x. ties (kv_heads, heads_per_kv, D): x is attention's output, K =
+    kv_heads * heads_per_kv * D, and all query heads of a key head must share their D scales, since one row of v feeds them.
+    clips: readers whose scales may be clipped (not q and k: what they make is multiplied once more).
+    """
+
+    readers: Mapping[str, torch.Tensor]
+    specs: Mapping[str, QuantSpec]
+    stats: Stats
+    ties: tuple[int, int, int] | None = None
+    clips: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """The same function with other weights: readers become W * scale, what makes their input gives x / scale.
+
+    scale fp32 [K], above zero. bounds: reader -> fp32 [N, groups], the largest |W * scale| that a group's scale has to
+    cover, for roundings. facts go into the report.
+    """
+
+    scale: torch.Tensor
+    bounds: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,7 +92,8 @@ class Method:
     """A method by name.
 
     kind: "rounding" or "transform". by_rows: rows stand alone, so a weight may come in row ranges. calibrated: needs
-    statistics of a text. serves: None for a spec that the method can give, else why not.
+    statistics of a text. serves: None for a spec that the method can give, else why not. prepare(stats, **options): what
+    all weights with one input share, handed to `run` as `prepared`; None = nothing.
     """
 
     name: str
@@ -47,6 +103,7 @@ class Method:
     by_rows: bool
     calibrated: bool
     serves: Callable[[QuantSpec], str | None]
+    prepare: Callable[..., Any] | None = None
 
 
 _STEP = 1 << 20  # weights per step, so that temporaries stay in the cache
