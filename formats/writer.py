@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ class _Shard:
         self.left = sum(nbytes for _, nbytes in self.ranges.values())
         self.open_names = set(tensors)
         self.fd = -1
+        self.again = False  # goes on in a file that an earlier run left
 
     @property
     def temporary(self) -> Path:
@@ -51,11 +52,28 @@ class _Shard:
     def write(self, data: memoryview, at: int) -> None:
         """All of `data` at byte `at`."""
         if self.fd < 0:
-            self.fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self.fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | (0 if self.again else os.O_EXCL), 0o644)
             self.write(memoryview(self.header), 0)
         while data:
             count = os.pwrite(self.fd, data[:_CHUNK], at)
             data, at = data[count:], at + count
+
+    def resume(self, done: Collection[str]) -> None:
+        """Goes on where an earlier run stopped: the tensors `done` lie in the file as they should."""
+        mine = self.open_names & set(done)
+        self.open_names -= mine
+        self.again = True
+        if self.path.exists() and self.open_names:  # finished, and then killed before anybody noted it
+            self.path.rename(self.temporary)
+        if mine and not self.path.exists():
+            least = max(sum(self.ranges[name]) for name in mine)
+            if not self.temporary.exists() or self.temporary.stat().st_size < least:
+                raise FormatError(
+                    f"{self.temporary}: {len(mine)} tensors of it were written by an earlier run and are gone; "
+                    "start over with --fresh"
+                )
+            if not self.open_names:
+                self.temporary.rename(self.path)
 
     def done(self, name: str) -> None:
         """Tensor `name` is complete; the last one finishes the file."""
@@ -90,6 +108,9 @@ class Writer:
     `plan` says dtype and shape of every tensor, so that all shards are known before the first byte: at most `max_shard`
     bytes each, filled in the order of the plan. Leaving the block without `finish`, or by an exception, removes what was
     written. OSError (a full disk) passes through, after that.
+
+    `resume` names the tensors that an earlier writer of the same plan has written here and that were `sync`ed; they are
+    not added again. With it, even empty, the folder may hold what a writer left, and leaving the block removes nothing.
     """
 
     def __init__(
@@ -98,8 +119,10 @@ class Writer:
         plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         *,
         max_shard: float = 5e9,
+        resume: Collection[str] | None = None,
     ) -> None:
         self.path = Path(dst)
+        self._resume = resume
         self._files: list[str] = []
         self._made_folder = False
         self._made_parents: list[Path] = []  # from the inside out
@@ -135,7 +158,7 @@ class Writer:
     def __enter__(self) -> Writer:
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise FormatError(f"{self.path}: exists and is not a folder; choose a new one")
-        if self.path.exists() and any(self.path.iterdir()):
+        if self._resume is None and self.path.exists() and any(self.path.iterdir()):
             unfinished = (self.path / MARKER).exists()
             remedy = "call Writer.clean_unfinished first" if unfinished else "choose a new or empty folder"
             raise FormatError(f"{self.path}: is not empty{' (an unfinished output)' if unfinished else ''}; {remedy}")
@@ -145,8 +168,12 @@ class Writer:
         self._started = True
         try:
             self._own(*self._shards)
+            if self._resume is not None:
+                self._done = self._plan.keys() & set(self._resume)
+                for shard in self._shards.values():
+                    shard.resume(self._done)
         except BaseException:
-            self._remove()
+            self._leave()
             raise
         return self
 
@@ -154,8 +181,20 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            self._remove()
+            self._leave()
             self._started = False
+
+    def _leave(self) -> None:
+        if self._resume is None:
+            self._remove()
+        for shard in self._shards.values():
+            shard.close()
+
+    def sync(self) -> None:
+        """What was added so far survives a power cut."""
+        for shard in self._shards.values():
+            if shard.fd >= 0:
+                os.fsync(shard.fd)
 
     def _own(self, *names: str) -> None:
         """Write `names` into the marker before any of these files exists, so that a later run knows what to remove."""

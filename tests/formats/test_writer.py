@@ -406,3 +406,39 @@ def test_a_marker_does_not_follow_links(tmp_path: Path) -> None:
     (dst / MARKER).write_text(json.dumps({"files": ["sub/victim"], "made_folder": False}))
     assert Writer.clean_unfinished(dst)
     assert (tmp_path / "away" / "victim").exists()
+
+
+def test_a_second_writer_goes_on_where_the_first_stopped(tmp_path):
+    tensors = {f"t{i}": torch.randn(40, 8) for i in range(6)}
+    plan = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+    def write(folder, names, resume, finish):
+        with Writer(folder, plan, max_shard=3000, resume=resume) as writer:
+            for name in names:
+                writer.add(name, tensors[name])
+            writer.sync()
+            if finish:
+                writer.finish({"a": 1})
+
+    write(tmp_path / "whole", tensors, None, True)
+    write(tmp_path / "parts", ["t1", "t4", "t5"], (), False)
+    assert (tmp_path / "parts" / MARKER).exists() and not (tmp_path / "parts" / "config.json").exists()
+    # t5 was written but nobody noted it: it is written again, also into a shard that was complete
+    write(tmp_path / "parts", ["t0", "t2", "t3", "t5"], ["t1", "t4"], True)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == sorted(
+        p.name for p in (tmp_path / "parts").iterdir()
+    )
+
+
+def test_tensors_that_are_gone_are_not_resumed(tmp_path):
+    plan = {"a": (torch.float32, (4,)), "b": (torch.float32, (4,))}
+    with Writer(tmp_path / "out", plan, resume=()) as writer:
+        writer.add("a", torch.ones(4))
+    (tmp_path / "out" / "model.safetensors.tmp").unlink()
+    with (
+        pytest.raises(FormatError, match="are gone; start over with --fresh"),
+        Writer(tmp_path / "out", plan, resume=["a"]),
+    ):
+        pass
