@@ -10,7 +10,7 @@ from packed code to MMA (on Hopper the right operand always comes from shared me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,21 @@ def start(launches: Sequence[Launch | Product], where: torch.device) -> None:
                 launch.run()
             else:
                 launch.kernel[launch.grid](*launch.args, **launch.options)
+
+
+def runner(plan: Callable[..., tuple[Any, Sequence[Launch | Product]]]) -> Callable[..., Any]:
+    """The body of an op, `run(*flat)`: the outputs of `plan(card, *flat)`, its kernels started where the first tensor is.
+
+    `card` and `config` are for who tries a Config; None is the card that is there, and what config_for says.
+    """
+
+    def run(*flat: Any, card: device.Card | None = None, config: Any = None) -> Any:
+        where = flat[0].device
+        outputs, launches = plan(card or device.card_of(where), *flat, config=config)
+        start(launches, where)
+        return outputs
+
+    return run
 
 
 def chunks(n: int, k_pad: int, megabytes: int) -> list[tuple[int, int]]:

@@ -248,7 +248,7 @@ def measure(problem: Problem, machine: Machine, seed: int = 0) -> Outcome:
         return Outcome(problem, "failed", f"the heuristic's own Config fails: {rejected[BASE]}")
 
     def turn(config: Any) -> list[Callable[[], Any]]:
-        return [functools.partial(_start, gpu, card, flat, config) for flat in flats]
+        return [functools.partial(gpu.run, *flat, card=card, config=config) for flat in flats]
 
     first = machine.time({name: turn(config) for name, config in passed.items()}, FIRST_ROUNDS)
     best = sorted((n for n in passed if n != BASE), key=lambda n: statistics.median(first[n]))[:FINALISTS]
@@ -299,13 +299,6 @@ def copies(value: Any, l2_bytes: int) -> list[Any]:
     return [each[0] for each in _copies((value,), l2_bytes)]
 
 
-def _start(gpu: ModuleType, card: Card, flat: tuple[Any, ...], config: Any) -> Any:
-    """One call of the body under a Config."""
-    out, launches = gpu.plan(card, *flat, config=config)
-    gpu.start(launches, flat[0].device)
-    return out
-
-
 def _fault(
     problem: Problem,
     machine: Machine,
@@ -320,7 +313,9 @@ def _fault(
         why = machine.refuses(gpu.plan(machine.card, *flat, config=config)[1])
         if why is not None:
             return why
-        found = conformance.faults(op, "triton", args, lambda *each: _start(gpu, machine.card, each, config), expected)
+        found = conformance.faults(
+            op, "triton", args, lambda *each: gpu.run(*each, card=machine.card, config=config), expected
+        )
     except (ValueError, NotImplementedError) as error:  # plan refuses what the kernel cannot run
         return str(error)
     return "; ".join(found) or None

@@ -14,6 +14,7 @@ a wheel is often installed where nobody may write; its entries win.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -114,6 +115,26 @@ def entries(
 def load(path: Path, triton_version: str, op_version: int = 1, names: Sequence[str] = Shape._fields) -> Table:
     """As `entries`, the fields of the Config alone."""
     return {key: e["config"] for key, e in entries(path, triton_version, op_version, names).items()}
+
+
+table = functools.cache(load)  # read once in a process: what is tuned meanwhile counts in the next one
+
+
+def finder(
+    path: Path,
+    triton_version: str,
+    op_version: int,
+    make: type[Config],
+    heuristic: Callable[[Any, Card], Config],
+    names: Sequence[str] = Shape._fields,
+) -> Callable[[Any, Card], Config]:
+    """An op's `config_for(shape, card)`: the Config tuned for this card and Triton, or the heuristic's; remembered."""
+
+    @functools.lru_cache(maxsize=4096)
+    def config_for(shape: Any, card: Card) -> Config:
+        return choose(table(path, triton_version, op_version, names), shape, card, make, heuristic)
+
+    return config_for
 
 
 def key(shape: Any, card: Card) -> tuple:

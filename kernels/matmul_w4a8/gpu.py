@@ -11,7 +11,6 @@ unsigned.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import triton.language as tl
 
 from ...formats.layout import row_scale
 from ...formats.spec import QuantSpec
-from .. import device, tuning
+from .. import tuning
 from ..device import Card
 from ..tiles import (
     FUSION,
@@ -30,7 +29,7 @@ from ..tiles import (
     add_slices_launch,
     part_of_k,
     registers,
-    start,
+    runner,
     store_int32,
     tile_of,
     unpack_plane8,
@@ -267,15 +266,7 @@ def invariant_split(shape: tuning.Shape, card: Card) -> int:
     return min(4, tuning.split_k(-(-shape.n // 128), -(-shape.k // 128), shape._replace(m=1), card))
 
 
-@functools.cache
-def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
-
-
-@functools.lru_cache(maxsize=4096)
-def config_for(shape: tuning.Shape, card: Card) -> Config:
-    """Tuned for this card and Triton, or the heuristic's."""
-    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+config_for = tuning.finder(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Config, heuristic)
 
 
 def plan(
@@ -341,22 +332,4 @@ def plan(
     return y, launches
 
 
-def run(
-    xq: torch.Tensor,
-    sx: torch.Tensor,
-    xsum: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    out_dtype: torch.dtype,
-    batch_invariant: bool = False,
-) -> torch.Tensor:
-    """The body: what op.py calls."""
-    card = device.card_of(xq.device)
-    y, launches = plan(card, xq, sx, xsum, w, scale, bias, n, k, group, packing, out_dtype, batch_invariant)
-    start(launches, xq.device)
-    return y
+run = runner(plan)

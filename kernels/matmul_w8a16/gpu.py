@@ -9,7 +9,6 @@ and D for many tokens of bf16: the weight made whole by chunks that stay in the 
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import device, tuning, weight_only_plan
+from .. import tuning, weight_only_plan
 from ..device import Card
-from ..tiles import Launch, Product, part_of_k, start, tile_of, unpack_plane16_w8, word8_scale
+from ..tiles import Launch, Product, part_of_k, runner, tile_of, unpack_plane16_w8, word8_scale
 from ..weight_only_plan import CHUNK_MB, Config, Kernels, invariant, why
 from . import contract
 
-__all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "start", "why"]
+__all__ = ["Config", "candidates", "config_for", "heuristic", "invariant", "plan", "run", "why"]
 
 OP = contract.OP
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
@@ -169,15 +168,7 @@ def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
     return weight_only_plan.candidates(shape, card, heuristic, CODES_PER_WORD)
 
 
-@functools.cache
-def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
-
-
-@functools.lru_cache(maxsize=4096)
-def config_for(shape: tuning.Shape, card: Card) -> Config:
-    """Tuned for this card and Triton, or the heuristic's."""
-    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+config_for = tuning.finder(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Config, heuristic)
 
 
 def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch | Product]]:
@@ -191,9 +182,4 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Te
     return weight_only_plan.plan(kernels, config_for, card, flat, config)
 
 
-def run(*flat: Any) -> torch.Tensor:
-    """The body: what op.py calls with the arguments of the schema."""
-    where = flat[0].device
-    y, steps = plan(device.card_of(where), *flat)
-    start(steps, where)
-    return y
+run = runner(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import device, tuning
+from .. import tuning
 from ..device import Card
-from ..tiles import FUSION, Launch, add_slices_launch, part_of_k, start, store_int32, tile_of
+from ..tiles import FUSION, Launch, add_slices_launch, part_of_k, runner, store_int32, tile_of
 from . import contract
 
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
@@ -123,15 +122,7 @@ def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
     return tuning.variants(base, changes, fits)
 
 
-@functools.cache
-def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
-
-
-@functools.lru_cache(maxsize=4096)
-def config_for(shape: tuning.Shape, card: Card) -> Config:
-    """Tuned for this card and Triton, or the heuristic's."""
-    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+config_for = tuning.finder(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Config, heuristic)
 
 
 def plan(
@@ -178,18 +169,4 @@ def plan(
     return y, launches
 
 
-def run(
-    xq: torch.Tensor,
-    sx: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    packing: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """The body: what op.py calls."""
-    y, launches = plan(device.card_of(xq.device), xq, sx, w, scale, bias, n, k, packing, out_dtype)
-    start(launches, xq.device)
-    return y
+run = runner(plan)

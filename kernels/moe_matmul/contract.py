@@ -9,6 +9,9 @@ x, or in out_dtype; int8 rows give bfloat16 when none is named.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from ...formats.tensor import ExpertsTensor
@@ -267,7 +270,9 @@ def tolerance(
     return ulp(want) + terms
 
 
-def _wrong_packing(packing: str, sx: torch.Tensor | None, body: str) -> str | None:
+def _reads(body: str, *flat: Any) -> str | None:
+    """None, or why `body` does not read experts that are packed as these."""
+    sx, packing = flat[1], flat[10]
     wanted = PACKINGS[body][4 if sx is None else 8]
     if packing == wanted:
         return None
@@ -276,57 +281,11 @@ def _wrong_packing(packing: str, sx: torch.Tensor | None, body: str) -> str | No
     )
 
 
-def triton_takes(
-    x: torch.Tensor,
-    sx: torch.Tensor | None,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    out_dtype: torch.dtype,
-    batch_invariant: bool = False,
-) -> str | None:
-    if x.dtype == torch.float32:
+cpu_takes = functools.partial(_reads, "cpu")
+reference_takes = functools.partial(_reads, "reference")
+
+
+def triton_takes(*flat: Any) -> str | None:
+    if flat[0].dtype == torch.float32:
         return "multiplies 16-bit activations, x is float32; cast x to bfloat16 or float16"
-    return _wrong_packing(packing, sx, "triton")
-
-
-def cpu_takes(
-    x: torch.Tensor,
-    sx: torch.Tensor | None,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    out_dtype: torch.dtype,
-    batch_invariant: bool = False,
-) -> str | None:
-    return _wrong_packing(packing, sx, "cpu")
-
-
-def reference_takes(
-    x: torch.Tensor,
-    sx: torch.Tensor | None,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    out_dtype: torch.dtype,
-    batch_invariant: bool = False,
-) -> str | None:
-    return _wrong_packing(packing, sx, "reference")
+    return _reads("triton", *flat)

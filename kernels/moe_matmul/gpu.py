@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ...formats.spec import QuantSpec
-from .. import device, tuning
+from .. import tuning
 from ..device import Card
 from ..tiles import (
     FUSION,
@@ -29,7 +29,7 @@ from ..tiles import (
     Launch,
     add_slices_launch,
     registers,
-    start,
+    runner,
     tile_index,
     unpack_plane16,
     word_scale,
@@ -230,15 +230,9 @@ def shape_of(case: Any) -> Shape:
     return Shape(case.m, case.n, case.k, spec.group or case.k, dtype, case.experts, case.topk, case.up)
 
 
-@functools.cache
-def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Shape._fields)
-
-
-@functools.lru_cache(maxsize=4096)
-def config_for(shape: Shape, card: Card) -> Config:
-    """Tuned for this card and Triton, or the heuristic's."""
-    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+config_for = tuning.finder(
+    Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Config, heuristic, Shape._fields
+)
 
 
 def plan(
@@ -315,23 +309,4 @@ def plan(
     return y, launches
 
 
-def run(
-    x: torch.Tensor,
-    sx: torch.Tensor | None,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    packing: str,
-    out_dtype: torch.dtype,
-    batch_invariant: bool = False,
-) -> torch.Tensor:
-    """The body: what op.py calls."""
-    card = device.card_of(x.device)
-    y, launches = plan(card, x, sx, w, scale, zero, ids, weights, n, k, group, packing, out_dtype, batch_invariant)
-    start(launches, x.device)
-    return y
+run = runner(plan)

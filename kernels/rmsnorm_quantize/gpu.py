@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import device, tuning
+from .. import tuning
 from ..device import Card
-from ..tiles import FUSION, Launch, row_code, row_scale, start
+from ..tiles import FUSION, Launch, row_code, row_scale, runner
 from . import contract
 
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
@@ -140,15 +139,7 @@ def heuristic(shape: tuning.Shape, card: Card) -> Config:
     return Config(block_k=block, num_warps=min(max(block // 512, 1), 16))
 
 
-@functools.cache
-def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
-
-
-@functools.lru_cache(maxsize=4096)
-def config_for(shape: tuning.Shape, card: Card) -> Config:
-    """Tuned for this card and Triton, or the heuristic's."""
-    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+config_for = tuning.finder(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Config, heuristic)
 
 
 def plan(
@@ -173,8 +164,4 @@ def plan(
     return outputs, [Launch(kernel, (m,), args, flags | options)]
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float) -> contract.Outputs:
-    """The body: what op.py calls."""
-    outputs, launches = plan(device.card_of(x.device), x, weight, residual, eps)
-    start(launches, x.device)
-    return outputs
+run = runner(plan)

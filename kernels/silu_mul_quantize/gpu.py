@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import device, tuning
+from .. import tuning
 from ..device import Card
 from ..rows import Rows
-from ..tiles import FUSION, Launch, row_code, row_scale, silu, start
+from ..tiles import FUSION, Launch, row_code, row_scale, runner, silu
 from . import contract
 
 OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
@@ -118,15 +117,7 @@ def candidates(shape: tuning.Shape, card: Card) -> list[Config]:
     return tuning.variants(base, changes, lambda c: c.block_k <= whole and 8 <= c.block_k // (32 * c.num_warps) <= 32)
 
 
-@functools.cache
-def _tuned() -> tuning.Table:
-    return tuning.load(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION)
-
-
-@functools.lru_cache(maxsize=4096)
-def config_for(shape: tuning.Shape, card: Card) -> Config:
-    """Tuned for this card and Triton, or the heuristic's."""
-    return tuning.choose(_tuned(), shape, card, Config, heuristic)
+config_for = tuning.finder(Path(__file__).with_name("tuned.json"), triton.__version__, OP_VERSION, Config, heuristic)
 
 
 def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[Rows, list[Launch]]:
@@ -140,8 +131,4 @@ def plan(card: Card, x: torch.Tensor, config: Config | None = None) -> tuple[Row
     return (q, scale, row_sum), [Launch(kernel, (m,), args, options)]
 
 
-def run(x: torch.Tensor) -> Rows:
-    """The body: what op.py calls."""
-    outputs, launches = plan(device.card_of(x.device), x)
-    start(launches, x.device)
-    return outputs
+run = runner(plan)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
 
@@ -107,3 +112,45 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def oldest_triton() -> Path:
+    """The folder of the oldest Triton that the kernels support; make test-full brings it."""
+    folder = Path(os.environ.get("PERCARD_TRITON", ""))
+    if not (folder / "triton").is_dir():
+        pytest.skip("Triton 3.6.0 is not here; make test-full brings it, or name its folder in PERCARD_TRITON")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_interpreted() -> Callable[..., str]:
+    """run_interpreted(suites, *flags, triton=None): pytest in a process where Triton interprets its kernels; its report.
+
+    A process of its own, because TRITON_INTERPRET must stand before triton is imported, and then no kernel of that process
+    can be compiled any more. `triton` is the folder of another release, with the numpy that its interpreter needs.
+    """
+
+    def run(suites: Path | list[Path], *flags: str, triton: Path | None = None, must_pass: bool = True) -> str:
+        if device.has_card():
+            pytest.skip("a card is here: make test-gpu runs the compiled kernels")
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed; pip install triton")
+        suites = [suites] if isinstance(suites, Path) else suites
+        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        if triton is not None:
+            too_new = tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4)
+            if too_new and not (triton / "numpy").is_dir():
+                pytest.skip(
+                    f"the interpreter of Triton 3.6 needs numpy below 2.4 beside it, here is {numpy.__version__}"
+                )
+            env["PYTHONPATH"] = os.pathsep.join([str(triton), *(p for p in sys.path if p)])
+        command = [sys.executable, "-m", "pytest", *map(str, suites), *flags, "-p", "no:cacheprovider", "-n", "0"]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
+        if must_pass:
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+            assert " passed" in done.stdout
+        return done.stdout + done.stderr[-3000:]
+
+    return run

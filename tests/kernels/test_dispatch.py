@@ -108,7 +108,7 @@ def test_words_of_a_config(tmp_path: Path) -> None:
     key |= {"group": 128, "dtype": "bfloat16", "us": 9.0, "heuristic_us": 10.0, "floor_us": 20.0}
     config = vars(gpu.heuristic(shape, card)) | {"num_stages": 5}
     tuning.store(tmp_path / "matmul_w4a16.json", {**key, "config": config})
-    gpu._tuned.cache_clear()
+    tuning.table.cache_clear()
     gpu.config_for.cache_clear()
     try:
         text = dispatch.config_words(gpu, shape, card, gpu.triton.__version__)
@@ -118,7 +118,7 @@ def test_words_of_a_config(tmp_path: Path) -> None:
                 and "measured for M <= 4: 9.0 us this one, 10.0 us the heuristic's, 20.0 us" in text
             )
     finally:
-        gpu._tuned.cache_clear()
+        tuning.table.cache_clear()
         gpu.config_for.cache_clear()
     assert "the same for every M" in dispatch.config_words(gpu, shape, card, "3.9.0", invariant=True)
 

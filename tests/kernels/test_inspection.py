@@ -194,8 +194,5 @@ def test_all_kernels_of_real_layers() -> None:
 
 @pytest.mark.full
 @needs_triton
-def test_all_kernels_of_real_layers_with_the_oldest_triton() -> None:
-    folder = os.environ.get("PERCARD_TRITON", "")
-    if not (Path(folder) / "triton").is_dir():
-        pytest.skip("Triton 3.6.0 is not here; make test-full brings it, or name its folder in PERCARD_TRITON")
-    _everything(folder)
+def test_all_kernels_of_real_layers_with_the_oldest_triton(oldest_triton: Path) -> None:
+    _everything(str(oldest_triton))

@@ -7,44 +7,24 @@ September 2026 multiplied bf16 as bit patterns: so fp16 runs here, with USE_ASM 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from percard.kernels import device
 
 OPS = ("quantize_rows", "matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
 SUITES = [Path(__file__).with_name(name) for name in ("test_conformance.py", "test_batch_invariant.py")]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ElementTree.Element]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, run_interpreted: Callable[..., str]
+) -> Iterator[list[ElementTree.Element]]:
     """The test cases of the interpreted suite, with what failed in them."""
-    if device.has_card():
-        pytest.skip("a card is here: make test-gpu runs the compiled kernels")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; pip install triton")
     report = tmp_path_factory.mktemp("interpreter") / "report.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *map(str, SUITES),
-        "-k",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-    ]
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=SUITES[0].parents[2], capture_output=True, text=True, timeout=600)
-    assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    said = run_interpreted(SUITES, "-k", "triton", f"--junitxml={report}", must_pass=False)
+    assert report.exists(), said[-6000:]
     yield list(ElementTree.parse(report).getroot().iter("testcase"))
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import pytest
 import torch
 
@@ -318,30 +315,18 @@ def test_experts_beyond_two_to_the_31(spec: str, seed: int) -> None:
     assert bool(((got.float() - want.float()).abs() <= allowed).all())
 
 
-def run_interpreted(**changes: str) -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-x", "-k"]
-    command.append("triton or routes_hold or every_config or beyond_two")
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | changes
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+OF_TRITON = "triton or routes_hold or every_config or beyond_two"
 
 
-@pytest.mark.skipif(INTERPRETED or device.has_card(), reason="already in the interpreter, or there is a card")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install triton")
-def test_triton_body_in_the_interpreter() -> None:
-    run_interpreted()
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_in_the_interpreter(run_interpreted: Callable[..., str]) -> None:
+    run_interpreted(Path(__file__), "-x", "-k", OF_TRITON)
 
 
 @pytest.mark.full
-def test_triton_body_in_the_interpreter_of_the_oldest_triton() -> None:
-    folder = os.environ.get("PERCARD_TRITON", "")
-    if not (Path(folder) / "triton").is_dir():
-        pytest.skip("Triton 3.6.0 is not here; make test-full brings it, or name its folder in PERCARD_TRITON")
-    if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-        pytest.skip(f"the interpreter of Triton 3.6 needs numpy below 2.4, here is {numpy.__version__}")
-    run_interpreted(PYTHONPATH=os.pathsep.join([folder, *(p for p in sys.path if p)]))
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_in_the_interpreter_of_the_oldest(run_interpreted: Callable[..., str], oldest_triton: Path) -> None:
+    run_interpreted(Path(__file__), "-x", "-k", OF_TRITON, triton=oldest_triton)
 
 
 @pytest.mark.gpu

@@ -10,8 +10,6 @@ import importlib
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,8 +270,7 @@ def test_triton_gives_the_same_with_a_row_at_once_and_in_parts(name: str, seed: 
     for block in (128, 256, 1024, 2048):
 
         def run(*flat: Any, block: int = block) -> Any:
-            out, launches = gpu.plan(device.H200, *flat, config=gpu.Config(block, 4))
-            gpu.start(launches, flat[0].device)
+            out = gpu.run(*flat, card=device.H200, config=gpu.Config(block, 4))
             found.append(out)
             return out
 
@@ -402,16 +399,8 @@ def test_refusals(call: Callable[[], Any], said: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_in_the_interpreter() -> None:
-    """This file again with Triton's bodies; TRITON_INTERPRET must stand before triton is imported."""
-    if device.has_card():
-        pytest.skip("a card is here: make test-gpu runs the compiled kernels")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; pip install triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider", "-n", "0"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 30, done.stdout[-500:]
+def test_in_the_interpreter(run_interpreted: Callable[..., str]) -> None:
+    """This file again with Triton's bodies."""
+    said = run_interpreted(Path(__file__), "-k", "triton")
+    passed = re.search(r"(\d+) passed", said)
+    assert passed and int(passed[1]) >= 30, said[-500:]

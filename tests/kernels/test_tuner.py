@@ -65,7 +65,7 @@ def body(others: Sequence[Config] = tuple(OTHERS), version: int = 1) -> tuner.Su
         heuristic=lambda shape, card: BASE,
         candidates=lambda shape, card: list(others),
         plan=plan,
-        start=lambda launches, where: None,
+        run=lambda *flat, card, config: plan(card, *flat, config=config)[0],
     )
     return tuner.Subject(matmul_w4a16, gpu, SimpleNamespace(CASES=CASES, inputs=cases.inputs))  # type: ignore[arg-type]
 
@@ -86,8 +86,7 @@ class Toy:
         self.clock += self.seconds
         for name, turn in turns.items():
             self.asked += 1
-            config = turn[0].keywords.get("config") if turn[0].keywords else None
-            config = config or (turn[0].args[-1] if isinstance(turn[0].args[-1], Config) else Config(80))
+            config = turn[0].keywords.get("config", Config(80))  # none: torch's own product
             drawn = [self.jitter[(i + self.asked) % len(self.jitter)] for i in range(rounds)]
             found[name] = [1e-6 * config.us * (1 + d) for d in drawn]
         return found
@@ -135,7 +134,7 @@ def test_wrong_spilling_and_refusing_configs_are_never_timed(tmp_path: Path) -> 
     original = machine.time
 
     def watch(turns: Any, rounds: int) -> dict[str, list[float]]:
-        timed.extend(t[0].args[-1].us for t in turns.values() if isinstance(t[0].args[-1], Config))
+        timed.extend(t[0].keywords["config"].us for t in turns.values() if "config" in t[0].keywords)
         return original(turns, rounds)
 
     machine.time = watch  # type: ignore[method-assign]
