@@ -51,8 +51,8 @@ def run(
         modules = _write(plan, out.folder, meter)
         seconds = {"quantize": meter.seconds}
         done = _report(plan, out_path, modules, seconds)
-        if recipe.verify != "none":
-            done = _verified(done, out.folder, source_path, recipe.verify, progress)
+        if recipe.verify.level != "none":
+            done = _verified(done, out.folder, source_path, recipe.verify.level, progress)
         output.write(out.folder / report.REPORT_NAME, done.to_json())
         if recipe.card:
             name = report.SECOND_CARD_NAME if (source_path / report.CARD_NAME).exists() else report.CARD_NAME

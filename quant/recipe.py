@@ -5,10 +5,13 @@
     stages:
       - quantize:
           spec: w4a16-g128
-          methods: [{rtn: {search: true, norm: 2}}]
+          methods: [awq, {gptq: {damp: 0.01}}]   # any number of transforms, one rounding
           layers: {'re:.*\\.layers\\.(0|35)\\..*': w8a16-g128}
           ignore: [lm_head]                  # adds to the family's list; `ignore!` replaces it
-    verify: {level: weights}
+          experts: blend                     # what the last matrix of an expert learns from: routed, blend, all
+    calibration: {source: calib.jsonl, samples: 256, seq_len: 2048, seed: 0}     # no source: a small built-in text
+    run: {pass: sublayer, dtype: auto}       # sublayer: each linear sees what the quantised ones before it make
+    verify: {level: model, text: heldout.txt, on_red: promote, max_extra: 0.05}
     output: {dir: ./out, to: compressed-tensors, card: true}
 
 Names in `layers` and `ignore` are module names of the checkpoint, whole, or `re:` and a regex that Python's `match`
@@ -18,7 +21,6 @@ known one.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +31,21 @@ from typing import Any
 import yaml
 
 from ..formats.spec import FormatError, QuantSpec
+from . import fields
+from .fields import RecipeError
 from .methods import METHODS
 from .progress import Callback, Progress
 
-__all__ = ["Callback", "Progress", "Recipe", "RecipeError", "Serve", "Step", "compiled"]
+__all__ = ["Calibration", "Callback", "Progress", "Recipe", "RecipeError", "Serve", "Step", "compiled"]
 
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 16
-VERIFY_LEVELS = ("none", "bytes", "weights")
+VERIFY_LEVELS = ("none", "bytes", "weights", "blocks", "model")
+EXPERTS = ("blend", "routed", "all")
+PASSES = ("sublayer", "block")
+DTYPES = ("auto", "float32", "model")
+# What `--method` means: a transform brings the rounding that goes best with it (docs/quantize.md).
+FLAG_METHODS = {"awq": ("awq", "gptq"), "smoothquant": ("smoothquant", "gptq"), "rotate": ("rotate", "gptq")}
 CONTAINERS = ("compressed-tensors",)
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be meant: an unknown key or method, a number out of range, rules that contradict."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,21 @@ class Step:
         """The step with defaults filled in; RecipeError for an unknown method or option or a number out of range."""
         if method not in METHODS:
             raise RecipeError(
-                f"{where}: unknown method {method!r}{_nearest(method, METHODS)}; known: {', '.join(METHODS)}"
+                f"{where}: unknown method {method!r}{fields.nearest(method, METHODS)}; known: {', '.join(METHODS)}"
             )
         known = METHODS[method].options
         given = dict(options or {})
-        _only(given, known, f"{where}.{method}")
+        fields.only(given, known, f"{where}.{method}")
         values = []
         for name, option in known.items():
             value = given.get(name, option.default)
             place = f"{where}.{method}.{name}"
             if option.kind is bool:
-                value = _bool(value, place)
+                value = fields.flag(value, place)
             elif option.kind in (int, float):
-                value = _number(value, place, option.kind, option.low, option.high)
+                value = fields.number(value, place, option.kind, option.low, option.high)
             else:
-                value = _text(value, place)
+                value = fields.text(value, place)
             values.append((name, value))
         return cls(method, tuple(values))
 
@@ -85,6 +89,38 @@ class Serve:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The text that calibrated methods read: a file, "hf:name", or None for the small built-in one; `samples` windows of
+    `seq_len` tokens, chosen by `seed`."""
+
+    source: str | None = None
+    samples: int = 256
+    seq_len: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """How calibrated methods go through a block. passes: "sublayer" (four forward passes, each linear sees the inputs
+    that quantised ones make) or "block" (one). dtype: of the arithmetic; auto = the model's where this machine multiplies
+    16-bit numbers as fast, else fp32."""
+
+    passes: str = "sublayer"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Verify:
+    """What is checked at the end. text: held-out text for levels blocks and model. on_red: "promote" gives the worst
+    layers more bits until `max_extra` (share of the file) is spent, "stop" does not."""
+
+    level: str = "weights"
+    text: str | None = None
+    on_red: str = "promote"
+    max_extra: float = 0.05
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What `quantize` does. Made by `load`, `parse` or `from_flags`, which check; `to_yaml` is their inverse."""
 
@@ -95,7 +131,10 @@ class Recipe:
     replace_ignore: bool = False
     model: str | None = None
     serve: Serve = Serve()
-    verify: str = "weights"
+    calibration: Calibration = field(default_factory=Calibration)
+    experts: str = "blend"
+    run: Run = Run()
+    verify: Verify = Verify()
     out: str | None = None
     container: str = "compressed-tensors"
     card: bool = True
@@ -103,10 +142,23 @@ class Recipe:
     def __post_init__(self) -> None:
         roundings = [s.method for s in self.steps if METHODS[s.method].kind == "rounding"]
         if len(roundings) != 1:
-            raise RecipeError(f"methods: {roundings or 'none'} round, expected exactly one of {_roundings()}")
+            found = " and ".join(roundings) or "none"
+            raise RecipeError(f"methods: {found} would round each weight, expected exactly one of {_roundings()}")
+        steps = [s.method for s in self.steps]
+        if len(set(steps)) < len(steps):
+            raise RecipeError(f"methods: {', '.join(steps)}: a method stands there twice; keep one")
+        if METHODS[steps[-1]].kind != "rounding":
+            raise RecipeError(
+                f"methods: {steps[-1]} comes after {roundings[0]}, which has rounded by then; put it first"
+            )
         for place, spec in (("spec", self.spec), *((f"layers.{name!r}", spec) for name, spec in self.layers)):
-            if (reason := METHODS[roundings[0]].serves(spec)) is not None:
-                raise RecipeError(f"{place}: {reason}; take an integer spec, such as w4a16-g128 or w8a8")
+            for step in self.steps:
+                if (reason := METHODS[step.method].serves(spec)) is not None:
+                    raise RecipeError(f"{place}: {reason}; {METHODS[step.method].remedy}")
+        if self.verify.level in ("blocks", "model") and self.verify.text is None:
+            raise RecipeError(
+                f"verify.text is missing: level {self.verify.level} runs both models over a held-out text"
+            )
         for place, names in (("layers", [n for n, _ in self.layers]), ("ignore", self.ignore)):
             for name in names:
                 compiled(name, place)
@@ -115,6 +167,16 @@ class Recipe:
     def rounding(self) -> Step:
         """The one step that finds codes."""
         return next(s for s in self.steps if METHODS[s.method].kind == "rounding")
+
+    @property
+    def transforms(self) -> tuple[Step, ...]:
+        """The steps before it, in order."""
+        return tuple(s for s in self.steps if METHODS[s.method].kind == "transform")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a text goes through the model."""
+        return any(METHODS[s.method].calibrated for s in self.steps)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -139,12 +201,7 @@ class Recipe:
         """The recipe that a YAML text says."""
         if len(text.encode()) > MAX_BYTES:
             raise RecipeError(f"a recipe has at most {MAX_BYTES} bytes")
-        try:
-            _refuse_tricks(text)
-            tree = yaml.load(text, Loader=_UniqueKeys)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from None
-        return _from_tree(tree)
+        return _from_tree(fields.load(text))
 
     @classmethod
     def from_flags(
@@ -156,26 +213,35 @@ class Recipe:
         layers: Mapping[str, str] | None = None,
         ignore: Sequence[str] = (),
         calibration: str | os.PathLike[str] | None = None,
+        samples: int | None = None,
+        seq_len: int | None = None,
+        seed: int = 0,
+        experts: str = "blend",
         model: str | None = None,
         engine: str | None = None,
         sm: int | None = None,
         tp: int = 1,
         verify: str = "weights",
+        text: str | os.PathLike[str] | None = None,
         out: str | None = None,
         card: bool = True,
     ) -> Recipe:
         """The recipe that flags mean; the same checks as for a file. FormatError for a spec that does not exist."""
-        step = Step.of(method, options, where="--method")
-        if calibration is not None and not METHODS[method].calibrated:
+        first, *rest = FLAG_METHODS.get(method, (method,))
+        steps = (Step.of(first, options, where="--method"), *(Step.of(name) for name in rest))
+        if calibration is not None and not any(METHODS[s.method].calibrated for s in steps):
             raise RecipeError(f"--calibration: {method} reads no text; leave --calibration out")
+        given = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
         return cls(
             spec=QuantSpec.parse(spec),
-            steps=(step,),
+            steps=steps,
+            calibration=_calibration({k: str(v) if k == "source" else v for k, v in given.items() if v is not None}),
+            experts=fields.choice(experts, "experts", EXPERTS),
             layers=tuple((name, QuantSpec.parse(value)) for name, value in (layers or {}).items()),
             ignore=tuple(ignore),
             model=model,
             serve=_serve({"engine": engine, "sm": sm, "tp": tp}),
-            verify=_choice(verify, "verify.level", VERIFY_LEVELS),
+            verify=_verify({"level": verify} | ({} if text is None else {"text": str(text)})),
             out=out,
             card=card,
         )
@@ -194,11 +260,16 @@ class Recipe:
             stage["layers"] = {name: str(spec) for name, spec in self.layers}
         if self.ignore or self.replace_ignore:
             stage["ignore!" if self.replace_ignore else "ignore"] = list(self.ignore)
+        if self.calibrated:
+            stage["experts"] = self.experts
         tree: dict[str, Any] = {} if self.model is None else {"model": self.model}
         serve = {"engine": self.serve.engine, "sm": self.serve.sm, "tp": self.serve.tp}
         tree["serve"] = {key: value for key, value in serve.items() if value is not None}
         tree["stages"] = [{"quantize": stage}]
-        tree["verify"] = {"level": self.verify}
+        if self.calibrated:
+            tree["calibration"] = {k: v for k, v in vars(self.calibration).items() if v is not None}
+            tree["run"] = {"pass": self.run.passes, "dtype": self.run.dtype}
+        tree["verify"] = {k: v for k, v in vars(self.verify).items() if v is not None}
         where = {} if self.out is None else {"dir": self.out}
         tree["output"] = {**where, "to": self.container, "card": self.card}
         return tree
@@ -219,62 +290,47 @@ def compiled(pattern: str, where: str = "pattern") -> Callable[[str], bool]:
     return lambda name: regex.match(name) is not None
 
 
-def _refuse_tricks(text: str) -> None:
-    """Aliases could make a few bytes into gigabytes, deep nesting seconds into hours; a recipe needs neither."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark is not None else 0
-        if isinstance(event, yaml.AliasEvent):
-            raise RecipeError(f"line {line}: aliases (*{event.anchor}) are not read; write it out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise RecipeError(f"line {line}: nested deeper than {MAX_DEPTH}; this is no recipe")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: of two rules for one layer the first would vanish silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                raise RecipeError(f"line {key_node.start_mark.line + 1}: a key must be a word")
-            if key in seen:
-                raise RecipeError(f"line {key_node.start_mark.line + 1}: key {key!r} stands there twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _from_tree(tree: Any) -> Recipe:
-    top = _map(tree, "recipe", ("model", "serve", "stages", "verify", "output"))
+    top = fields.mapping(tree, "recipe", ("model", "serve", "stages", "calibration", "run", "verify", "output"))
     stages = top.get("stages")
     if not isinstance(stages, list) or len(stages) != 1:
         raise RecipeError("stages: expected a list with one stage, `- quantize: {spec: ...}`")
-    stage = _map(_map(stages[0], "stages[0]", ("quantize",)).get("quantize"), "quantize", _STAGE_KEYS)
+    stage = fields.mapping(
+        fields.mapping(stages[0], "stages[0]", ("quantize",)).get("quantize"), "quantize", _STAGE_KEYS
+    )
     if "spec" not in stage:
         raise RecipeError("quantize.spec is missing; say one, such as w4a16-g128 or w8a8 (there is no default)")
     if "ignore" in stage and "ignore!" in stage:
         raise RecipeError("quantize: `ignore` adds to the family's list and `ignore!` replaces it; keep one of them")
-    verify = _map(top.get("verify"), "verify", ("level",))
-    output = _map(top.get("output"), "output", ("dir", "to", "card"))
-    layers = _map(stage.get("layers"), "quantize.layers", None)
+    how = fields.mapping(top.get("run"), "run", ("pass", "dtype"))
+    output = fields.mapping(top.get("output"), "output", ("dir", "to", "card"))
+    layers = fields.mapping(stage.get("layers"), "quantize.layers", None)
     return Recipe(
         spec=_spec(stage["spec"], "quantize.spec"),
         steps=_steps(stage.get("methods", ["rtn"])),
-        layers=tuple((_text(k, "quantize.layers"), _spec(v, f"quantize.layers.{k!r}")) for k, v in layers.items()),
-        ignore=_texts(stage.get("ignore!", stage.get("ignore", [])), "quantize.ignore"),
+        layers=tuple(
+            (fields.text(k, "quantize.layers"), _spec(v, f"quantize.layers.{k!r}")) for k, v in layers.items()
+        ),
+        ignore=fields.texts(stage.get("ignore!", stage.get("ignore", [])), "quantize.ignore"),
         replace_ignore="ignore!" in stage,
-        model=_maybe_text(top.get("model"), "model"),
-        serve=_serve(_map(top.get("serve"), "serve", ("engine", "sm", "tp"))),
-        verify=_choice(verify.get("level", "weights"), "verify.level", VERIFY_LEVELS),
-        out=_maybe_text(output.get("dir"), "output.dir"),
-        container=_choice(output.get("to", "compressed-tensors"), "output.to", CONTAINERS),
-        card=_bool(output.get("card", True), "output.card"),
+        model=fields.maybe_text(top.get("model"), "model"),
+        serve=_serve(fields.mapping(top.get("serve"), "serve", ("engine", "sm", "tp"))),
+        calibration=_calibration(
+            fields.mapping(top.get("calibration"), "calibration", ("source", "samples", "seq_len", "seed"))
+        ),
+        experts=fields.choice(stage.get("experts", "blend"), "quantize.experts", EXPERTS),
+        run=Run(
+            fields.choice(how.get("pass", "sublayer"), "run.pass", PASSES),
+            fields.choice(how.get("dtype", "auto"), "run.dtype", DTYPES),
+        ),
+        verify=_verify(fields.mapping(top.get("verify"), "verify", ("level", "text", "on_red", "max_extra"))),
+        out=fields.maybe_text(output.get("dir"), "output.dir"),
+        container=fields.choice(output.get("to", "compressed-tensors"), "output.to", CONTAINERS),
+        card=fields.flag(output.get("card", True), "output.card"),
     )
 
 
-_STAGE_KEYS = ("spec", "methods", "layers", "ignore", "ignore!")
+_STAGE_KEYS = ("spec", "methods", "layers", "ignore", "ignore!", "experts")
 
 
 def _steps(value: Any) -> tuple[Step, ...]:
@@ -287,85 +343,48 @@ def _steps(value: Any) -> tuple[Step, ...]:
         if not isinstance(entry, dict) or len(entry) != 1:
             raise RecipeError(f"quantize.methods: {entry!r} is not a method; write `rtn` or `rtn: {{search: false}}`")
         ((name, options),) = entry.items()
-        steps.append(Step.of(_text(name, "quantize.methods"), _map(options, f"methods.{name}", None), "methods"))
+        steps.append(
+            Step.of(fields.text(name, "quantize.methods"), fields.mapping(options, f"methods.{name}", None), "methods")
+        )
     return tuple(steps)
 
 
 def _serve(tree: Mapping[str, Any]) -> Serve:
     sm, tp = tree.get("sm"), tree.get("tp", 1)
     return Serve(
-        _maybe_text(tree.get("engine"), "serve.engine"),
-        None if sm is None else int(_number(sm, "serve.sm", int, 50, 999)),
-        int(_number(tp, "serve.tp", int, 1, 1024)),
+        fields.maybe_text(tree.get("engine"), "serve.engine"),
+        None if sm is None else int(fields.number(sm, "serve.sm", int, 50, 999)),
+        int(fields.number(tp, "serve.tp", int, 1, 1024)),
+    )
+
+
+def _calibration(tree: Mapping[str, Any]) -> Calibration:
+    default = Calibration()
+    return Calibration(
+        fields.maybe_text(tree.get("source"), "calibration.source"),
+        int(fields.number(tree.get("samples", default.samples), "calibration.samples", int, 1, 1 << 20)),
+        int(fields.number(tree.get("seq_len", default.seq_len), "calibration.seq_len", int, 2, 1 << 20)),
+        int(fields.number(tree.get("seed", 0), "calibration.seed", int, 0, 1 << 31)),
+    )
+
+
+def _verify(tree: Mapping[str, Any]) -> Verify:
+    held_out = fields.maybe_text(tree.get("text"), "verify.text")
+    level = tree.get("level", "weights" if held_out is None else "model")
+    return Verify(
+        fields.choice(level, "verify.level", VERIFY_LEVELS),
+        held_out,
+        fields.choice(tree.get("on_red", "promote"), "verify.on_red", ("promote", "stop")),
+        float(fields.number(tree.get("max_extra", 0.05), "verify.max_extra", float, 0.0, 1.0)),
     )
 
 
 def _spec(value: Any, where: str) -> QuantSpec:
     try:
-        return QuantSpec.parse(_text(value, where))
+        return QuantSpec.parse(fields.text(value, where))
     except FormatError as error:
         raise RecipeError(f"{where}: {error}") from None
 
 
 def _roundings() -> str:
     return ", ".join(m.name for m in METHODS.values() if m.kind == "rounding")
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _only(tree: Mapping[Any, Any], known: Any, where: str) -> None:
-    for key in tree:
-        if key not in known:
-            raise RecipeError(
-                f"{where}: unknown key {key!r}{_nearest(str(key), known)}; known: {', '.join(known) or 'none'}"
-            )
-
-
-def _map(value: Any, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        raise RecipeError(f"{where}: found {type(value).__name__} {str(value)[:40]!r}, expected keys and values")
-    if known is not None:
-        _only(value, known, where)
-    return value
-
-
-def _number(value: Any, where: str, kind: type, low: float | None, high: float | None) -> int | float:
-    right = isinstance(value, int) if kind is int else isinstance(value, (int, float))
-    if not right or isinstance(value, bool):
-        raise RecipeError(f"{where}: found {value!r}, expected {'a whole number' if kind is int else 'a number'}")
-    if not ((low is None or value >= low) and (high is None or value <= high)):  # NaN fails too
-        raise RecipeError(f"{where}: {value} is outside {low} .. {high}")
-    return kind(value)
-
-
-def _bool(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise RecipeError(f"{where}: found {value!r}, expected true or false")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecipeError(f"{where}: found {value!r}, expected text")
-    return value
-
-
-def _maybe_text(value: Any, where: str) -> str | None:
-    return None if value is None else _text(value, where)
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise RecipeError(f"{where}: found {value!r}, expected a list of names")
-    return tuple(_text(entry, where) for entry in value)
-
-
-def _choice(value: Any, where: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise RecipeError(f"{where}: found {value!r}{_nearest(str(value), known)}; choose one of {', '.join(known)}")
-    return str(value)

@@ -104,6 +104,7 @@ class Method:
     calibrated: bool
     serves: Callable[[QuantSpec], str | None]
     prepare: Callable[..., Any] | None = None
+    remedy: str = "take an integer spec, such as w4a16-g128 or w8a8"
 
 
 _STEP = 1 << 20  # weights per step, so that temporaries stay in the cache

@@ -32,7 +32,7 @@ def test_every_field_is_read() -> None:
     assert recipe.layers == ((r"re:.*\.layers\.(0|35)\..*", QuantSpec.parse("w8a16-g128")),)
     assert recipe.ignore == ("lm_head", r"re:.*\.mlp\.gate$") and not recipe.replace_ignore
     assert (recipe.serve.engine, recipe.serve.sm, recipe.serve.tp) == ("vllm==0.33.0", 90, 2)
-    assert (recipe.model, recipe.verify, recipe.out, recipe.card) == ("Qwen/Qwen3-8B", "bytes", "./out", False)
+    assert (recipe.model, recipe.verify.level, recipe.out, recipe.card) == ("Qwen/Qwen3-8B", "bytes", "./out", False)
 
 
 @pytest.mark.parametrize("text", [FULL, SHORT, "stages: [{quantize: {spec: w8a8, ignore!: []}}]"])
@@ -84,7 +84,8 @@ def quantize(inside: str) -> str:
         (quantize("layers: {a: w8a8, a: w8a16}"), "key 'a' stands there twice"),
         (quantize("ignore: lm_head"), "expected a list of names"),
         (quantize("ignore: [], ignore!: []"), "keep one of them"),
-        (SHORT + "\nverify: {level: model}", "choose one of none, bytes, weights"),
+        (SHORT + "\nverify: {level: models}", "did you mean 'model'?; choose one of none, bytes, weights, blocks, model"),
+        (SHORT + "\nverify: {level: model}", "verify.text is missing: level model runs both models"),
         (SHORT + "\nserve: {tp: 0}", "serve.tp: 0 is outside 1 .. 1024"),
         (SHORT + "\noutput: {to: gguf}", "choose one of compressed-tensors"),
         (SHORT + "\noutput: {card: maybe}", "output.card: found 'maybe', expected true or false"),
