@@ -22,11 +22,13 @@ REPORT_NAME = "report.json"
 CARD_NAME = "README.md"
 SECOND_CARD_NAME = "percard-card.md"  # when the source brings a README.md of its own, which stays as it is
 OUR_FILES = (REPORT_NAME, CARD_NAME, SECOND_CARD_NAME)
+STARVED = 32  # calibration tokens below which an expert's statistics are mostly borrowed
 
 
 @dataclass(frozen=True)
 class Module:
-    """One quantised linear: shape (out, in), spec, method, SQNR in dB against the source, bytes before and after."""
+    """One quantised linear: shape (out, in), spec, method, SQNR in dB against the (transformed) source, bytes before and
+    after. facts: what the methods say: loss, damp, fallbacks, alpha, clip share."""
 
     name: str
     spec: str
@@ -39,11 +41,75 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One decoder block. error: ||y_q - y|| / ||y - x||, FP and quantised block on the same FP input x: the share of what
+    the block does that quantising it gets wrong. noise: mean over tokens of ||y_q - y||^2 / ||y||^2, the share of what goes
+    on to the next block. tokens: how many calibration tokens each expert met, empty without experts."""
+
+    index: int
+    error: float | None = None
+    noise: float | None = None
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def starved(self) -> int:
+        """Experts that met fewer than STARVED tokens."""
+        return sum(1 for n in self.tokens if n < STARVED)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the model says against its source, on a held-out text. kl: mean KL(reference || model) in nats per token; top1:
+    share of tokens with the same likeliest next one; `spec`: whose thresholds judge, "" = 16-bit. text: name of the file."""
+
+    gate: str
+    kl: float
+    top1: float
+    perplexity: float
+    perplexity_reference: float
+    tokens: int
+    protocol: str
+    spec: str
+    reasons: tuple[str, ...] = ()
+    limits: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+    sha256: str = ""
+
+    @property
+    def rise(self) -> float:
+        """Of the perplexity, relative: 0.01 = one per cent worse than the source."""
+        return self.perplexity / self.perplexity_reference - 1
+
+    def show(self) -> str:
+        """The figures in one line."""
+        return (
+            f"KL {self.kl:.5f}   top-1 {self.top1:.2%}   "
+            f"perplexity {self.perplexity:.3f} (source {self.perplexity_reference:.3f})"
+        )
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A fused set that got more bits after a red gate. after: a spec, or "16 bit"; bytes: added; fall: what its block's
+    noise lost when the set was tried at 16 bits, as a share of the noise of all blocks."""
+
+    round: int
+    modules: tuple[str, ...]
+    before: str
+    after: str
+    bytes: int
+    fall: float
+
+
+@dataclass(frozen=True)
 class Report:
-    """What happened. status is "red" with a failure (wrong bytes) or a flag (a module below its SQNR), else "green".
+    """What happened. status is "red" with a failure (wrong bytes), a flag (a module below its SQNR, a text that is no
+    held-out one) or a last gate that is red, else "green".
 
     bytes: source, output, quantised_before, quantised_after, copied. kept: module -> rule that left it alone.
-    seconds: by phase. checks: what `verify` compared. versions: percard, torch, python.
+    seconds: by phase. checks: what `verify` compared. versions: of what can change the bytes. fingerprints: sha256 of
+    source, calibration and what else the bytes depend on. calibration: name, sha256 and size of the text; empty = none read.
+    gates: one per check with a text, the last is the one that counts. accepts: which engines load these containers.
     """
 
     verb: str
@@ -60,18 +126,34 @@ class Report:
     warnings: tuple[str, ...] = ()
     recipe: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    fingerprints: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    promotions: tuple[Promotion, ...] = ()
+    accepts: tuple[dict[str, Any], ...] = ()
     schema: int = SCHEMA
 
     @property
+    def gate(self) -> Gate | None:
+        """The last one."""
+        return self.gates[-1] if self.gates else None
+
+    @property
     def status(self) -> str:
-        return "red" if self.failures or self.flags else "green"
+        missed = self.gate is not None and self.gate.gate == "red"
+        return "red" if self.failures or self.flags or missed else "green"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; keys in the order of the fields, `status` first."""
-        return {"status": self.status, **asdict(self)}
+        tree = {"status": self.status, **asdict(self)}
+        for layer, found in zip(tree["layers"], self.layers, strict=True):
+            layer["starved"] = found.starved if found.tokens else None
+        plain: dict[str, Any] = _finite(tree)
+        return plain
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -81,16 +163,42 @@ class Report:
             if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
                 raise FormatError(f"{path}: not a report of schema {SCHEMA}; made by another version of percard?")
             tree.pop("status", None)
-            known = {f.name for f in fields(cls)}
-            unknown = sorted(set(tree) - known)
-            tree = {k: v for k, v in tree.items() if k in known}
-            tree["modules"] = tuple(Module(**{**m, "shape": tuple(m["shape"])}) for m in tree["modules"])
-            for key in ("failures", "flags", "warnings"):
-                tree[key] = tuple(tree[key])
+            unknown: dict[str, None] = {}
+            tree = _known(cls, tree, "", unknown)
+            for key, kind in _RECORDS.items():
+                tree[key] = tuple(_record(kind, entry, key, unknown) for entry in tree.get(key, ()))
+            for key in ("failures", "flags", "warnings", "accepts"):
+                tree[key] = tuple(tree.get(key, ()))
             tree["warnings"] += tuple(f"{path.name}: unknown key {key!r} was not read" for key in unknown)
             return cls(**tree)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{path}: not a report ({error}); run `percard verify` again") from None
+
+
+_RECORDS: dict[str, type] = {"modules": Module, "layers": Layer, "gates": Gate, "promotions": Promotion}
+
+
+def _record(kind: type, entry: dict[str, Any], where: str, unknown: dict[str, None]) -> Any:
+    """One frozen record of a list; lists become tuples again, None a number that was not finite."""
+    entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "starved"}
+    if kind is Gate:
+        entry = {k: math.nan if v is None else v for k, v in entry.items()}
+    return kind(**_known(kind, entry, f"{where}.", unknown))
+
+
+def _known(kind: Any, tree: dict[str, Any], where: str, unknown: dict[str, None]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    unknown.update({f"{where}{key}": None for key in tree if key not in names})
+    return {k: v for k, v in tree.items() if k in names}
+
+
+def _finite(value: Any) -> Any:
+    """The same tree where a number that JSON does not know (NaN, Inf) is null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
