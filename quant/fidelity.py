@@ -11,6 +11,7 @@ bytes lie in files of which two exist at a time. Thresholds and windows are thos
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 import tempfile
@@ -222,7 +223,7 @@ class _States:
         self._name, self._folder, self._turns = name, folder, 0
         full = batches[0].shape[1]
         starts = torch.tensor([0, *(len(b) if b.shape[1] == full else 0 for b in batches)]).cumsum(0).tolist()
-        self._ranges = list(zip(starts, starts[1:], strict=False))
+        self._ranges = list(itertools.pairwise(starts))
         self._length = full
         self._held: dict[int, torch.Tensor] = {}
         self._file: Spill | None = None

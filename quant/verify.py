@@ -1,17 +1,22 @@
-"""`percard verify DST --against SRC`: is what lies on disk what it should be? Needs no engine and no model code.
+"""`percard verify DST --against SRC`: is what lies on disk what it should be, and does it say what its source says?
 
     level bytes     every expected tensor with dtype and shape, config against tensors, all that was not quantised equal
                     to the source byte by byte, side files by sha256
     level weights   bytes, and per quantised weight: no NaN, scales above 0, SQNR against the source
+    level blocks    weights, and per block: how far its output is off, FP and quantised on the same input
+    level model     blocks, and KL, top-1 and perplexity of the whole model over a held-out text
 
-A wrong byte is a failure, a weight below its SQNR a flag; both make the report red. Broken files raise FormatError.
+A wrong byte is a failure, a weight below its SQNR a flag; both make the report red, and so does a gate that is missed.
+Where a method changed weights before it rounded them (transforms.py), the source's tensors are changed here as well before
+they are compared. Needs no engine; the last two levels run the blocks through transformers. Broken files raise FormatError.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,15 +24,16 @@ import torch
 from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
-from . import report, walk
+from . import fidelity, heldout, report, walk
 from .methods.records import signal_and_noise
-from .progress import Meter
-from .recipe import Callback
+from .pair import Pair
+from .progress import Callback, Meter
 from .report import Module, Report
 from .walk import Linear
 from .workers import Workers
 
-LEVELS = ("bytes", "weights")
+LEVELS = ("bytes", "weights", "blocks", "model")
+WITH_TEXT = ("blocks", "model")
 LEAST_SQNR = {3: 12.0, 4: 12.0, 8: 30.0}  # dB by weight bits; normal weights: int4 g128 19.1, int8 row 42.1
 MAX_LISTED = 20  # failures of one kind that are spelled out
 
@@ -37,34 +43,84 @@ def verify(
     src: str | os.PathLike[str],
     *,
     level: str = "weights",
+    text: str | os.PathLike[str] | None = None,
+    tokens: int | None = None,
+    said: Report | None = None,
+    calibration_ids: torch.Tensor | None = None,
+    work: Path | None = None,
     progress: Callback | None = None,
 ) -> Report:
-    """Compares the quantised checkpoint `dst` with its source. FormatError when one of them cannot be read at all."""
+    """Compares the quantised checkpoint `dst` with its source. FormatError when one of them cannot be read at all.
+
+    text: held-out text for levels blocks and model, `tokens` of it at most. said: what report.json of `dst` will say,
+    while it is not written yet; calibration_ids: the windows [n, T] that were calibrated on, to be told from the text.
+    work: where hidden states go that are too many for memory.
+    """
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
-    source, made = Checkpoint.open(Path(src)), Checkpoint.open(Path(dst))
-    where = str(source.path)
-    infos = {n: source.info(n) for n in source.names}
-    found = walk.survey(
-        source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
+    if text is None and level in WITH_TEXT:
+        raise FormatError(f"level {level} runs both models over a held-out text; give one with --text FILE (text= in Python)")
+    pair = Pair.open(dst, src, said)
+    held_out = None
+    if text is not None and level in WITH_TEXT:
+        vocabulary = pair.source.info("model.embed_tokens.weight").shape[0]
+        window = fidelity.window_of(pair.source.config)
+        held_out = heldout.read(os.fspath(text), pair.source.path, vocabulary, window, tokens)
+    done = _files(pair, level, progress)
+    if held_out is None:
+        return done
+    if done.failures:
+        note = f"level {level} was not reached: the files are not as they should be"
+        return dataclasses.replace(done, warnings=(*done.warnings, note))
+    return compared(pair, done, held_out, calibration_ids=calibration_ids, work=work, progress=progress)
+
+
+def compared(
+    pair: Pair,
+    done: Report,
+    text: heldout.HeldOut,
+    *,
+    calibration_ids: torch.Tensor | None = None,
+    work: Path | None = None,
+    progress: Callback | None = None,
+) -> Report:
+    """`done` with what levels blocks and model find (`done.level` says which)."""
+    calibration = pair.said.calibration if pair.said is not None else {}
+    flag, warning = heldout.compare(text, calibration, calibration_ids, pair.source.path)
+    meter = Meter("compare", 1, None)
+    found = fidelity.measure(pair, text.pieces, level=done.level, work=work, progress=progress)
+    gates = done.gates
+    if found.gate is not None:
+        gate = fidelity.judged(found.gate, pair.main_spec, pair.parameters < fidelity.SMALL)
+        gates = (*gates, dataclasses.replace(gate, text=text.name, sha256=text.sha256))
+    return dataclasses.replace(
+        done,
+        layers=found.layers,
+        gates=gates,
+        flags=(*done.flags, *([flag] if flag else [])),
+        warnings=(*done.warnings, *([warning] if warning else [])),
+        seconds={**done.seconds, "compare": meter.seconds},
     )
-    specs = _specs(made)
-    linears = [x for x in found.linears if x.name in specs]
+
+
+def _files(pair: Pair, level: str, progress: Callback | None) -> Report:
+    """Levels bytes and weights."""
+    source, made, specs, linears = pair.source, pair.made, pair.specs, pair.linears
+    infos, dtype = source.tensors, pair.found.dtype
     meter = Meter("verify", sum(i.nbytes for i in infos.values()), progress)
-    failures = [*_names(source, made, linears, specs, found.dtype), *_config(source, made), *_side_files(source, made)]
+    failures = [*_names(pair), *_config(source, made), *_side_files(source, made)]
     wrong = {x.name for x in linears if any(f"{x.name}." in f for f in failures)}
     copied = [n for n in source.names if n not in {x.tensor for x in linears}]
-    failures += _copies(source, made, copied, meter)
+    failures += _copies(pair, copied, meter)
     modules, flags, weights = [], [], {}
-    if level == "weights":
+    if level != "bytes":
         with Workers() as workers:
             for linear in linears:
                 if linear.name not in wrong:
-                    spec = specs[linear.name]
-                    weights[linear.name] = _weight(source, made, linear, spec, found.dtype, workers, meter)
+                    weights[linear.name] = _weight(pair, linear, workers, meter)
     for linear in linears:
         spec = specs[linear.name]
-        names = [f"{linear.name}.{s}" for s in compressed_tensors.plan(linear.shape, spec, found.dtype)]
+        names = [f"{linear.name}.{s}" for s in compressed_tensors.plan(linear.shape, spec, dtype)]
         size = sum(made.info(n).nbytes for n in names if n in made.tensors)
         ratio, exact = None, False
         if linear.name in weights:
@@ -82,7 +138,7 @@ def verify(
         modules.append(Module(linear.name, str(spec), "", linear.shape, ratio, infos[linear.tensor].nbytes, size))
     return Report(
         verb="verify",
-        source=where,
+        source=str(source.path),
         output=str(made.path),
         level=level,
         modules=tuple(modules),
@@ -92,36 +148,24 @@ def verify(
         checks={
             "tensors": len(made.names),
             "quantised": len(modules),
-            "equal_to_source": len(copied),
+            "equal_to_source": sum(1 for n in copied if not pair.touches(n)),
+            "transformed": sum(1 for n in copied if pair.touches(n)),
             "side_files": {p.name: _sha256(p) for p in source.side_files},
         },
         failures=tuple(failures),
         flags=tuple(flags),
         warnings=tuple(f"{p.name} of the source was left out: never opened" for p in source.skipped),
+        calibration=pair.said.calibration if pair.said is not None else {},
     )
 
 
-def _specs(made: Checkpoint) -> dict[str, QuantSpec]:
-    """What config.json says about each quantised module; FormatError when it says nothing."""
-    if not compressed_tensors.claims(made.config):
-        raise FormatError(
-            f"{made.path / 'config.json'}: no quantization_config of compressed-tensors; "
-            "give a checkpoint that `percard quantize` wrote"
-        )
-    try:
-        return compressed_tensors.specs(made.config, made.names)
-    except FormatError as error:
-        raise FormatError(f"{made.path / 'config.json'}: {error}") from None
-
-
-def _names(
-    source: Checkpoint, made: Checkpoint, linears: list[Linear], specs: dict[str, QuantSpec], dtype: torch.dtype
-) -> Iterator[str]:
+def _names(pair: Pair) -> Iterator[str]:
     """Differences between the tensors that should be there and those that are."""
+    source, made = pair.source, pair.made
     expected = {n: (source.info(n).dtype, source.info(n).shape) for n in source.names}
-    for linear in linears:
+    for linear in pair.linears:
         del expected[linear.tensor]
-        plan = compressed_tensors.plan(linear.shape, specs[linear.name], dtype)
+        plan = compressed_tensors.plan(linear.shape, pair.specs[linear.name], pair.found.dtype)
         expected |= {f"{linear.name}.{suffix}": value for suffix, value in plan.items()}
     problems = []
     for name, (kind, shape) in expected.items():
@@ -158,13 +202,18 @@ def _side_files(source: Checkpoint, made: Checkpoint) -> Iterator[str]:
             yield f"{copy}: differs from the source's (sha256 {_sha256(copy)[:12]}, expected {_sha256(path)[:12]})"
 
 
-def _copies(source: Checkpoint, made: Checkpoint, names: list[str], meter: Meter) -> Iterator[str]:
-    """Tensors without a spec must be equal byte by byte."""
-    problems = []
+def _copies(pair: Pair, names: list[str], meter: Meter) -> Iterator[str]:
+    """Tensors without a spec must be equal byte by byte, to the source's or to what the transforms make of it."""
+    source, made, problems = pair.source, pair.made, []
     for name in names:
         if name in made.tensors and made.info(name).nbytes == source.info(name).nbytes:
-            pairs = zip(source.raw(name), made.raw(name), strict=True)
-            if any(a != b for a, b in pairs):
+            if pair.touches(name):
+                if not _equal(made.read(name), pair.stored(name), pair.transforms.rotation is not None):
+                    problems.append(
+                        f"{made.info(name).file}: tensor {name} differs from the source's after the transforms of "
+                        "percard-transforms.npz; one of them is not the one that was written"
+                    )
+            elif any(a != b for a, b in zip(source.raw(name), made.raw(name), strict=True)):
                 problems.append(
                     f"{made.info(name).file}: tensor {name} differs from the source's; it had to be copied as it is"
                 )
@@ -172,31 +221,43 @@ def _copies(source: Checkpoint, made: Checkpoint, names: list[str], meter: Meter
     yield from _at_most(problems)
 
 
-def _weight(
-    source: Checkpoint,
-    made: Checkpoint,
-    linear: Linear,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-    workers: Workers,
-    meter: Meter,
-) -> tuple[str | None, float, float]:
+def _equal(found: torch.Tensor, expected: torch.Tensor, rotated: bool) -> bool:
+    """Bit by bit; where a rotation summed rows, whose order another machine may change, up to the last bits."""
+    if rotated:
+        close = 4 * torch.finfo(expected.dtype).eps
+        most = float(expected.float().abs().max()) if expected.numel() else 0.0
+        return torch.allclose(found.float(), expected.float(), rtol=close, atol=close * most)
+    return torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+Ranged = Callable[[int, int], torch.Tensor]  # rows start..stop-1 of a weight
+
+
+def _weight(pair: Pair, linear: Linear, workers: Workers, meter: Meter) -> tuple[str | None, float, float]:
     """(what is wrong, signal, noise) of one quantised weight; sums of squares over row ranges."""
-    suffixes = compressed_tensors.plan(linear.shape, spec, dtype)
+    source, made, spec = pair.source, pair.made, pair.specs[linear.name]
+    suffixes = compressed_tensors.plan(linear.shape, spec, pair.found.dtype)
     file = made.info(f"{linear.name}.{next(iter(suffixes))}").file
+    size = source.info(linear.tensor).nbytes // max(linear.shape[0], 1)
+    whole = pair.expected(linear.tensor) if pair.touches(linear.tensor) else None
+    rows: Ranged = (
+        lambda start, stop: (  # noqa: E731
+            source.read_rows(linear.tensor, start, stop) if whole is None else whole[start:stop]
+        )
+    )
 
     def work(start: int, stop: int) -> tuple[str | None, dict[str, float], int]:
-        weight = source.read_rows(linear.tensor, start, stop)
+        weight, bytes_done = rows(start, stop), size * (stop - start)
         parts = {s: _rows(made, f"{linear.name}.{s}", s, linear, spec, start, stop) for s in suffixes}
         none = {"signal": 0.0, "noise": 0.0}
         try:
             tensor = compressed_tensors.read(parts, spec, (stop - start, linear.shape[1]))
         except FormatError as error:
-            return f"{file}: {linear.name}, rows {start} to {stop - 1}: {error}", none, weight.nbytes
+            return f"{file}: {linear.name}, rows {start} to {stop - 1}: {error}", none, bytes_done
         if not bool((tensor.scale > 0).all()):
-            return f"{file}: tensor {linear.name}.weight_scale is not finite and above zero", none, weight.nbytes
+            return f"{file}: tensor {linear.name}.weight_scale is not finite and above zero", none, bytes_done
         sums = signal_and_noise(weight.float(), tensor.data, tensor.scale, tensor.zero, spec)
-        return None, sums, weight.nbytes
+        return None, sums, bytes_done
 
     problem: str | None = None
     if "weight_shape" in suffixes and made.read(f"{linear.name}.weight_shape").tolist() != list(linear.shape):
