@@ -61,7 +61,14 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """ids int64 [n, T]; facts for report and model card, plain JSON values; sha256 of ids with their shape."""
+    """ids int64 [n, T]; facts for report and model card, plain JSON values; sha256 of ids with their shape.
+
+    facts: source as it was given, name without its folders; sha256 of sha256_of ("file", "first 9 bytes", "first 9
+    rows"); read "all" or "front"; documents, documents_empty, documents_split (share that a window's border cuts);
+    shortest and longest document, tokens in all, window: in tokens; windows_found, windows_used; dropped: share of the
+    tokens read that no window used holds; seed; template: whether the chat template was used; scripts: shares of the
+    letters read; notes: sentences for the user.
+    """
 
     ids: torch.Tensor
     facts: dict[str, Any]
