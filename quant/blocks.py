@@ -94,10 +94,13 @@ class Experts(nn.Module):
                 out.index_add_(0, token, y.to(out.dtype))
         return out
 
+    def inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """What an expert's last matrix reads, for rows x [T, H]: [T, ffn]."""
+        return F.silu(self.slots[f"{expert}.gate_proj"](x)) * self.slots[f"{expert}.up_proj"](x)
+
     def one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's SwiGLU over rows x [T, H]."""
-        gate, up, down = (self.slots[f"{expert}.{n}_proj"] for n in ("gate", "up", "down"))
-        return down(F.silu(gate(x)) * up(x))
+        return self.slots[f"{expert}.down_proj"](self.inner(expert, x))
 
 
 class _Recorder(nn.Module):
@@ -174,6 +177,7 @@ class Frame:
         self._recorders = [_Recorder() for _ in self._layers]
         self._model.model.layers = nn.ModuleList(self._recorders)
         self._model.model.norm = nn.Identity()
+        self._model.model.embed_tokens.padding_idx = None  # it matters for training only
         rotary = type(self._model.model.rotary_emb)
         self._model.model.rotary_emb = rotary(config=self.config)
 
@@ -203,6 +207,10 @@ class Frame:
             if bool(x.any()):
                 raise FormatError(f"{self.where}: the model adds something before block {i}; this family is not known")
         return inputs[0], arguments
+
+    def arguments(self, batch: int, length: int) -> list[dict[str, Any]]:
+        """The arguments of every block for `batch` sequences of `length` tokens without padding."""
+        return self.start(torch.zeros(batch, length, dtype=torch.int64), torch.zeros(1, self.config.hidden_size))[1]
 
     def block(self, index: int, read: Read) -> Block:
         """Block `index` with weights from `read`, in the dtype of the arithmetic."""

@@ -1,8 +1,8 @@
 """The output folder: it appears under its name in one rename, when it is complete; killed at any moment, it does not.
 
 Work goes on in a hidden sibling, `.NAME.percard-unfinished`, on the same file system. A replaced folder waits as
-`.NAME.percard-old` for the rename, so that there is always one complete folder. The next run removes what a killed one
-left. A lock on the sibling keeps two runs apart; the kernel drops it when a process dies.
+`.NAME.percard-old` for the rename, so that there is always one complete folder. The next run goes on with what a killed
+one left (journal.py), or removes it when it is told to start over. A lock on the sibling keeps two runs apart; the kernel drops it when a process dies.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 
 from ..formats.spec import FormatError
 
+WORK = ".percard-work"  # journal and activations, inside the hidden sibling
 MARKER = ".percard-unfinished"  # formats/checkpoint.py puts it into a folder that it has not finished
 
 
@@ -46,12 +47,18 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
 
 
 class Output:
-    """Context manager: `.folder` is where to write, `publish()` gives it its name; leaving without that removes it."""
+    """Context manager: `.folder` is where to write, `publish()` gives it its name; leaving without that removes it.
 
-    def __init__(self, dst: Path, force: bool = False) -> None:
+    With `.keep` set, an error of the machine (a full disk, an interrupt) leaves it for the next run; an error of the input
+    does not. `fresh` removes what an earlier run left before the work starts.
+    """
+
+    def __init__(self, dst: Path, force: bool = False, fresh: bool = False) -> None:
         self.dst = dst.parent.resolve() / dst.name if dst.name not in ("", "..") else dst.resolve()
-        self._force = force
+        self._force, self._fresh = force, fresh
+        self.keep = False
         self.folder = self.dst.with_name(f".{self.dst.name}.percard-unfinished")
+        self.work = self.folder / WORK
         self._old = self.dst.with_name(f".{self.dst.name}.percard-old")
         self._lock: int | None = None
         self._made: list[Path] = []
@@ -90,11 +97,15 @@ class Output:
                     raise FileExistsError(
                         f"{self.dst}: a killed run had moved the old output away, it is back; replace it with --force"
                     )
-        for leftover in list(self.folder.iterdir()):
-            discard(leftover)
+        if self._fresh or not self.work.is_dir():
+            for leftover in list(self.folder.iterdir()):
+                discard(leftover)
+        self.work.mkdir(exist_ok=True)
 
     def publish(self) -> None:
         """Gives the complete folder its name, in place of what stood there."""
+        if self.work.exists():
+            shutil.rmtree(self.work)
         sync(self.folder)
         if self.dst.exists():
             self.dst.rename(self._old)
@@ -107,7 +118,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._published:
+        kept = self.keep and isinstance(error, (OSError, MemoryError, KeyboardInterrupt, SystemExit))
+        if not self._published and not kept:
             if self._lock is not None:
                 with contextlib.suppress(OSError):
                     discard(self.folder)

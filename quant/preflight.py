@@ -19,13 +19,14 @@ from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.header import nbytes_of
 from ..formats.spec import FormatError, QuantSpec
-from . import engines, walk, workers
+from . import engines, rounding, text, walk, workers
 from .methods import METHODS
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .report import human
 from .walk import Assignment, Linear, Map
 
 RESIDENT = 500_000_000  # bytes of Python and torch, loaded
+RESIDENT_CALIBRATED = 1_100_000_000  # and transformers, with a model of its own on meta
 DISK_MARGIN = 50_000_000  # headers, report, and what file systems keep to themselves
 
 TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -79,6 +80,26 @@ class Preflight:
     found: Map = field(repr=False)
     assignment: Assignment = field(repr=False)
     tensors: TensorPlan = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)  # of the output
+    windows: text.Windows | None = field(default=None, repr=False)
+    dtype: torch.dtype = torch.float32  # of the arithmetic of calibrated methods
+    rotation: Any = field(default=None, repr=False)
+
+    @property
+    def kv(self) -> tuple[int, int, int]:
+        """(key heads, query heads per key head, head size)."""
+        return walk.kv_heads(self.source.config, str(self.src))
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What was read for statistics; empty for data-free methods."""
+        return {} if self.windows is None else {**self.windows.facts, "windows_sha256": self.windows.sha256}
+
+    def method_of(self, linear: Linear) -> str:
+        """The methods of a weight as one word, such as awq+gptq."""
+        if linear.block is None and METHODS[self.recipe.rounding.method].calibrated:
+            return "rtn"
+        return "+".join(s.method for s in self.recipe.steps)
 
     @property
     def ok(self) -> bool:
@@ -103,6 +124,7 @@ class Preflight:
             "disk": {"needed": self.disk, "free": self.disk_free},
             "engine": list(self.engine),
             "refusals": list(self.refusals),
+            "calibration": self.calibration,
             "warnings": list(self.warnings),
         }
 
@@ -123,6 +145,12 @@ class Preflight:
             f"  memory at most {human(self.memory)}{free(self.memory_free)}, "
             f"disk {human(self.disk)}{free(self.disk_free)}"
         )
+        if self.windows is not None:
+            n, t = self.windows.ids.shape
+            lines.append(
+                f"  calibration {self.calibration.get('source')}: {n} windows of {t} tokens, "
+                f"arithmetic in {str(self.dtype).removeprefix('torch.')}"
+            )
         lines += [f"  engine {engines.line(row)}" for row in self.engine]
         lines += [f"  note: {text}" for text in self.warnings]
         return lines + [f"refused: {text}" for text in self.refusals]
@@ -139,9 +167,17 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     assignment = walk.assign(found, recipe)
     plan = _tensors(source, found, assignment)
     output = sum(nbytes_of(kind, shape) for kind, shape in plan.values())
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    config["quantization_config"] = compressed_tensors.config(dict(assignment.specs), sorted(assignment.kept))
+    windows, dtype = None, torch.float32
+    if recipe.calibrated:
+        windows, dtype = _windows(source, recipe), dtype_of(recipe.run.dtype, found.dtype)
     sides = sum(p.stat().st_size for p in source.side_files)
     by_rows = METHODS[recipe.rounding.method].by_rows
     disk, memory = output + sides + DISK_MARGIN, _memory(found, assignment, plan, by_rows)
+    if windows is not None:
+        disk += 2 * windows.ids.numel() * int(source.config["hidden_size"]) * dtype.itemsize
+        memory = max(memory, _memory_calibrated(source, found, recipe, dtype))
     free_disk, free_memory = _disk_free(Path(dst)) if dst is not None else None, _memory_free()
     rows = tuple(engines.rows(recipe.serve, found, assignment))
     refusals = engines.refusals(rows, recipe.serve.sm)
@@ -172,7 +208,51 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
         found=found,
         assignment=assignment,
         tensors=plan,
+        config=config,
+        windows=windows,
+        dtype=dtype,
     )
+
+
+def dtype_of(wanted: str, model: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: `auto` is the model's where this machine multiplies such numbers faster than fp32."""
+    if wanted == "float32" or model == torch.float32:
+        return torch.float32
+    if wanted == "model":
+        return model
+    cpu = torch.cpu
+    fast = cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported() if model == torch.bfloat16 else False
+    return model if fast else torch.float32
+
+
+def _windows(source: Checkpoint, recipe: Recipe) -> text.Windows:
+    """The calibration windows of a recipe. RecipeError or FormatError name what is wrong with the text."""
+    config, positions = source.config, source.config.get("max_position_embeddings")
+    given = text.Calibration(**vars(recipe.calibration))
+    found = text.windows(given, source.path, int(config["vocab_size"]), positions)
+    if found.ids.numel() == 0:
+        raise RecipeError("the calibration text gives no window; give more text")
+    return found
+
+
+def _memory_calibrated(source: Checkpoint, found: Map, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Peak of a calibrated run: a block in the dtype of the arithmetic, its codes, statistics, what is being rounded."""
+    size, peak = dtype.itemsize, 0
+    early = bool(recipe.transforms) or recipe.run.passes == "block"
+    for block in found.blocks():
+        weights = sum(x.shape[0] * x.shape[1] for x in block)
+        inputs = {(x.together, x.shape[1]): x.shape[1] for x in block if ".experts." not in x.name}
+        routed = [x.shape[1] for x in block if ".experts." in x.name and x.name.endswith("down_proj")]
+        if routed:
+            inputs["experts", 0] = next(x.shape[1] for x in block if x.name.endswith("gate_proj"))
+        grams = sum(k * k for k in inputs.values()) if early else max(k * k for k in inputs.values())
+        largest = max(k * k * (40 if k <= 4096 else 20) for k in inputs.values())  # being factored
+        statistics = 4 * grams + sum(4 * k * k + 4 * 512 * k for k in routed)
+        job = min(max(x.shape[0] * x.shape[1] for x in block), rounding.MOST_WEIGHTS)
+        at_work = (workers.count() + 1) * 8 * 4 * job + 2 * 4 * max(x.shape[0] * x.shape[1] for x in block)
+        peak = max(peak, weights * (size + 1) + statistics + max(largest, at_work))
+    embedding = source.info("model.embed_tokens.weight")
+    return RESIDENT_CALIBRATED + max(peak, embedding.nbytes * (1 + size // embedding.dtype.itemsize))
 
 
 def _tensors(source: Checkpoint, found: Map, assignment: Assignment) -> TensorPlan:
@@ -201,7 +281,7 @@ def _groups(source: Checkpoint, found: Map, assignment: Assignment, recipe: Reci
     for spec, members in by_spec.items():
         before = sum(source.info(x.tensor).nbytes for x in members)
         after = sum(_packed(x, spec, found.dtype) for x in members)
-        groups.append(Group(str(spec), recipe.rounding.method, len(members), before, after))
+        groups.append(Group(str(spec), "+".join(s.method for s in recipe.steps), len(members), before, after))
     return groups
 
 

@@ -27,14 +27,20 @@ class Meter:
 
     def __init__(self, phase: str, total: int, progress: Callback | None, unit: str = "bytes") -> None:
         self.phase, self.total, self.unit, self.progress = phase, total, unit, progress
-        self.done, self.started = 0, time.monotonic()
+        self.done, self.before, self.started = 0, 0, time.monotonic()
+
+    def skip(self, amount: int) -> None:
+        """`amount` units were done by an earlier run: they count as done, not for the rate."""
+        self.done += amount
+        self.before += amount
 
     def add(self, amount: int, label: str) -> None:
         """`amount` more units are done; `label` names what they were of."""
         self.done += amount
         if self.progress is not None:
             spent = self.seconds
-            left = spent * (self.total - self.done) / self.done if self.done and spent > 0 else None
+            fresh = self.done - self.before
+            left = spent * (self.total - self.done) / fresh if fresh and spent > 0 else None
             self.progress(Progress(self.phase, self.done, self.total, self.unit, label, left))
 
     @property

@@ -1,8 +1,11 @@
 """`percard quantize`: source checkpoint in, quantised checkpoint out, checked. The whole story, top to bottom.
 
 Data-free methods know no model: weight after weight, row range by row range, is read, rounded and packed, and whatever
-has no spec is copied byte by byte. Memory is about one packed weight and a row range per thread. What the method found is
-what is written: nothing is quantised a second time.
+has no spec is copied byte by byte. Memory is about one packed weight and a row range per thread. Calibrated methods go
+block by block (sequential.py). What the method found is what is written: nothing is quantised a second time.
+
+Work is cut into units, a block or about half a gigabyte. A finished unit is on the disk and in the journal, so that a run
+that was killed costs one unit and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -16,16 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import __version__
 from ..formats import affine, compressed_tensors
-from ..formats.checkpoint import Checkpoint, TensorInfo, Writer
+from ..formats.checkpoint import TensorInfo, Writer
 from ..formats.spec import FormatError, QuantSpec
 from . import engines, output, preflight, report, verify, walk
+from .journal import NAME, Journal, machine, source_mark
 from .methods import METHODS
+from .output import Output
 from .progress import Callback, Meter
-from .recipe import Recipe
-from .report import Module, Report
+from .recipe import Recipe, Step
+from .report import Layer, Module, Report
+from .transforms import FILE as TRANSFORMS
+from .transforms import Transforms
 from .walk import Linear
 from .workers import Workers
+
+UNIT = 512 << 20  # bytes of the source that a unit of copies and data-free rounding takes
+REVISION = 1  # raised when the same recipe gives other bytes
 
 
 def run(
@@ -34,23 +45,27 @@ def run(
     recipe: Recipe,
     *,
     force: bool = False,
+    fresh: bool = False,
     progress: Callback | None = None,
 ) -> Report:
-    """Quantises `src` into the new folder `dst` and checks the result.
+    """Quantises `src` into the new folder `dst` and checks the result; goes on with what a killed run left, unless `fresh`.
 
-    Raises, with nothing left behind: FormatError (source), RecipeError, FileExistsError (output), preflight.Refused,
-    OSError (disk full). A report with status "red" leaves the folder: it is complete, but a module is worse than it should be.
+    Raises, with nothing left behind: FormatError (source), RecipeError, FileExistsError (output, or an unfinished run
+    that differs), preflight.Refused. OSError (disk full) and an interrupt leave the finished units for the next call. A
+    report with status "red" leaves the folder: it is complete, but not as good as it should be.
     """
     source_path, out_path = Path(src), Path(dst)
     output.refuse(source_path, out_path, force)
     plan = preflight.check(source_path, recipe, out_path)
     if plan.refusals:
         raise preflight.Refused(plan)
-    meter = Meter("quantize", plan.bytes_source, progress)
-    with output.Output(out_path, force) as out:
-        modules = _write(plan, out.folder, meter)
-        seconds = {"quantize": meter.seconds}
-        done = _report(plan, out_path, modules, seconds)
+    with Output(out_path, force, fresh) as out:
+        out.keep = (out.work / NAME).exists()  # finished units of an earlier run
+        journal = Journal(out.work / NAME, _fingerprint(plan))
+        meter = Meter("quantize", plan.bytes_source, progress)
+        modules, layers = _write(plan, out, journal, meter)
+        done = _report(plan, out_path, modules, {"quantize": meter.seconds})
+        done = dataclasses.replace(done, layers=tuple(layers), calibration=plan.calibration)
         if recipe.verify.level != "none":
             done = _verified(done, out.folder, source_path, recipe.verify.level, progress)
         output.write(out.folder / report.REPORT_NAME, done.to_json())
@@ -62,24 +77,113 @@ def run(
     return done
 
 
-def _write(plan: preflight.Preflight, folder: Path, meter: Meter) -> list[Module]:
-    """Writes every tensor and side file into `folder`; config.json comes last."""
+def _fingerprint(plan: preflight.Preflight) -> dict[str, Any]:
+    """All that the bytes depend on."""
+    recipe = {k: v for k, v in plan.recipe.to_dict().items() if k in ("stages", "run")}
+    mark: dict[str, Any] = {
+        "source": source_mark(plan.source),
+        "recipe": recipe,
+        "percard": f"{__version__}.{REVISION}",
+    }
+    if plan.recipe.calibrated:
+        import transformers
+
+        assert plan.windows is not None
+        mark |= {"calibration": plan.windows.sha256, "transformers": transformers.__version__}
+        mark |= {"dtype": str(plan.dtype).removeprefix("torch.")}
+    return mark | machine()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A stretch of work that is done whole or again. `names`: tensors of the source. block: None = around the blocks."""
+
+    key: str
+    names: tuple[str, ...]
+    block: int | None = None
+
+
+def _units(plan: preflight.Preflight) -> list[Unit]:
+    """The work in order. Data-free: along the bytes on disk. Calibrated: what is around the blocks, then each block."""
+    blocks: dict[int, list[str]] = {}
+    rest: list[str] = []
+    for name in plan.source.names:
+        index = walk.block_of(plan.found, name) if plan.recipe.calibrated else None
+        (rest if index is None else blocks.setdefault(index, [])).append(name)
+    units: list[list[str]] = [[]]
+    size = 0
+    for name in rest:
+        if size > UNIT:
+            units.append([])
+            size = 0
+        units[-1].append(name)
+        size += plan.source.info(name).nbytes
+    parts = [Unit(f"part {i}", tuple(names)) for i, names in enumerate(units) if names]
+    return parts + [Unit(f"block {i}", tuple(blocks[i]), i) for i in sorted(blocks)]
+
+
+def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Meter) -> tuple[list[Module], list[Layer]]:
+    """Writes every tensor and side file; config.json comes last. Modules, and facts of each calibrated block."""
     source, specs = plan.source, plan.assignment.specs
     linears = {x.tensor: x for x in plan.found.linears if x.name in specs}
-    modules = []
-    with Writer(folder, plan.tensors) as writer, Workers() as workers:
-        # In the order of the bytes on disk: reading is sequential, and shards are done one by one.
-        for name in source.names:
-            if name in linears:
-                linear = linears[name]
-                modules.append(_quantise(plan, linear, specs[linear.name], writer, workers, meter))
+    units = _units(plan)
+    finished = {entry["unit"]: entry for entry in journal.entries}
+    kept = [n for u in units if u.key in finished for n in _output_names(plan, u)]
+    meter.skip(sum(source.info(n).nbytes for u in units if u.key in finished for n in u.names))
+    transforms = Transforms(plan.kv, rotation=plan.rotation)
+    blocks = None
+    with Writer(out.folder, plan.tensors, resume=kept) as writer:
+        if plan.recipe.calibrated:
+            from .calibrated import Blocks  # transformers, which only these methods need
+
+            blocks = Blocks(plan, transforms, out.work, meter, journal.entries)
+        for unit in units:
+            if unit.key in finished:
+                continue
+            if unit.block is not None:
+                assert blocks is not None
+                entry = blocks.quantise(unit.block, writer)
+                copied = [n for n in unit.names if n not in linears]
             else:
-                _copy(source, name, writer, meter)
+                copied = [n for n in unit.names if n not in linears]
+                mine = [linears[n] for n in unit.names if n in linears]
+                with Workers() as workers:
+                    found = [_quantise(plan, x, specs[x.name], writer, workers, meter) for x in mine]
+                entry = {"modules": [dataclasses.asdict(m) for m in found]}
+            for name in copied:
+                _copy(plan, name, writer, meter, transforms)
+            writer.sync()
+            finished[unit.key] = {"unit": unit.key, **entry}
+            journal.add(finished[unit.key])
+            out.keep = True
+            if blocks is not None:
+                blocks.drop_old(unit.block)
         writer.copy_side_files(source)
-        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-        config["quantization_config"] = compressed_tensors.config(dict(specs), sorted(plan.assignment.kept))
-        writer.finish(config)
-    return modules
+        extra = {TRANSFORMS: transforms.to_bytes()} if transforms.scales else {}
+        writer.finish(plan.config, extra)
+    entries = [finished[u.key] for u in units]
+    modules = [Module(**{**m, "shape": tuple(m["shape"])}) for e in entries for m in e["modules"]]
+    return _in_order(plan, modules), [
+        Layer(e["layer"]["index"], tokens=tuple(e["layer"]["tokens"])) for e in entries if "layer" in e
+    ]
+
+
+def _in_order(plan: preflight.Preflight, modules: list[Module]) -> list[Module]:
+    """By the order of execution, whatever the order of work."""
+    rank = {x.name: i for i, x in enumerate(plan.found.linears)}
+    return sorted(modules, key=lambda m: rank[m.name])
+
+
+def _output_names(plan: preflight.Preflight, unit: Unit) -> Iterator[str]:
+    """The tensors of the output that a unit writes."""
+    linears = {x.tensor: x for x in plan.found.linears if x.name in plan.assignment.specs}
+    for name in unit.names:
+        if name not in linears:
+            yield name
+            continue
+        x = linears[name]
+        for suffix in compressed_tensors.plan(x.shape, plan.assignment.specs[x.name], plan.found.dtype):
+            yield f"{x.name}.{suffix}"
 
 
 def _quantise(
@@ -88,6 +192,8 @@ def _quantise(
     """Rounds one weight, row range by row range, and writes its tensors."""
     source, dtype = plan.source, plan.found.dtype
     step = plan.recipe.rounding
+    if linear.block is None and METHODS[step.method].calibrated:  # a head: no block shows what it reads
+        step = Step.of("rtn")
     method, options = METHODS[step.method], dict(step.options)
     whole = {
         suffix: torch.empty(shape, dtype=kind)
@@ -123,9 +229,17 @@ def _quantise(
     return Module(linear.name, str(spec), method.name, linear.shape, ratio, info.nbytes, size)
 
 
-def _copy(source: Checkpoint, name: str, writer: Writer, meter: Meter) -> None:
-    """Copies a tensor's bytes, and looks at them on the way: NaN or Inf stops the run."""
+def _copy(plan: preflight.Preflight, name: str, writer: Writer, meter: Meter, transforms: Transforms) -> None:
+    """Copies a tensor's bytes, and looks at them on the way: NaN or Inf stops the run. What a transform touched is new."""
+    source = plan.source
     info = source.info(name)
+    if transforms.touches(name):
+        changed = transforms.apply(name, source.read(name), source.read).to(info.dtype)
+        if not bool(torch.isfinite(changed).all()):
+            raise FormatError(f"{info.file}: tensor {name} holds NaN or Inf once transformed; take another method")
+        writer.add(name, changed)
+        meter.add(info.nbytes, name)
+        return
 
     def watched() -> Iterator[bytes]:
         done = 0

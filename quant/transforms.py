@@ -107,9 +107,9 @@ class Transforms:
         return out.getvalue()
 
     @staticmethod
-    def read_scales(folder: Path) -> dict[str, torch.Tensor]:
-        """The scales beside a checkpoint; empty when it has none. FormatError for a file that is not ours."""
-        path = folder / FILE
+    def read_scales(path: Path) -> dict[str, torch.Tensor]:
+        """The scales in a file, or beside a checkpoint in a folder; empty when there are none. FormatError: not ours."""
+        path = path / FILE if path.is_dir() else path
         if not path.is_file():
             return {}
         try:

@@ -215,6 +215,22 @@ def assign(found: Map, recipe: Recipe) -> Assignment:
     return Assignment(specs, kept)
 
 
+def block_of(found: Map, name: str) -> int | None:
+    """The decoder block that a tensor belongs to, None = it stands around them."""
+    head, tail = found.family.block.split("{}")
+    number = name.removeprefix(head).partition(".")[0]
+    return (
+        int(number) if name.startswith(head) and number.isdigit() and name.startswith(f"{head}{number}{tail}") else None
+    )
+
+
+def kv_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """(key heads, query heads per key head, head size) of a config.json."""
+    heads, hidden = (_integer(config, key, where) for key in ("num_attention_heads", "hidden_size"))
+    kv = _integer(config, "num_key_value_heads", where, heads)
+    return kv, heads // kv, _integer(config, "head_dim", where, max(hidden // heads, 1))
+
+
 def row_ranges(shape: tuple[int, int], by_rows: bool = True) -> Iterator[tuple[int, int]]:
     """(start, stop) of row ranges of about ROW_WEIGHTS weights, each but the last a multiple of ROW_MULTIPLE rows."""
     rows, columns = shape

@@ -8,11 +8,22 @@ A method opens no file, knows no module and asks for no device. The codes it fin
 
 from __future__ import annotations
 
+from . import gptq as _gptq
 from . import rtn as _rtn
 from .records import Method, Option, Rounded
 
 METHODS: dict[str, Method] = {
     "rtn": Method("rtn", "rounding", _rtn.rtn, _rtn.OPTIONS, by_rows=True, calibrated=False, serves=_rtn.serves),
+    "gptq": Method(
+        "gptq",
+        "rounding",
+        _gptq.gptq,
+        _gptq.OPTIONS,
+        by_rows=False,
+        calibrated=True,
+        serves=_gptq.serves,
+        prepare=_gptq.prepare,
+    ),
 }
 
 __all__ = ["METHODS", "Method", "Option", "Rounded"]
