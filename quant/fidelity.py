@@ -127,7 +127,8 @@ def judged(gate: Gate, spec: QuantSpec | None, small: bool) -> Gate:
     limits = THRESHOLDS.get(spec.weight_bits) if spec is not None and spec.float_format is None else None
     if limits is None:
         bits = "16" if spec is None else spec.weight_bits
-        reasons, word = (f"{bits}-bit weights have no gate: figures are printed, never green",), "none"
+        reasons: tuple[str, ...] = (f"{bits}-bit weights have no gate: figures are printed, never green",)
+        word = "none"
     else:
         reasons = tuple(_misses(gate, limits, small))
         word = "red" if reasons else "green"

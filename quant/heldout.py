@@ -46,7 +46,7 @@ def read(path: str | Path, model_dir: Path, vocabulary: int, window: int, tokens
         tally.add(encoder.encode(document, tally), document.more)
         if tokens is not None and tally.total >= tokens:
             break
-    ids = tally.cut(tally.total if tokens is None else tokens) if tally.parts else []
+    ids: Any = tally.cut(tally.total if tokens is None else tokens) if tally.parts else []
     if len(ids) < 2:
         raise FormatError(f"{path}: {len(ids)} tokens; at least 2 are needed to score one, give a longer text")
     return HeldOut(torch.as_tensor(ids, dtype=torch.int64), window, Path(path).name, str(source.digest()["sha256"]))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -59,7 +59,9 @@ def verify(
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
     if text is None and level in WITH_TEXT:
-        raise FormatError(f"level {level} runs both models over a held-out text; give one with --text FILE (text= in Python)")
+        raise FormatError(
+            f"level {level} runs both models over a held-out text; give one with --text FILE (text= in Python)"
+        )
     pair = Pair.open(dst, src, said)
     held_out = None
     if text is not None and level in WITH_TEXT:
@@ -230,9 +232,6 @@ def _equal(found: torch.Tensor, expected: torch.Tensor, rotated: bool) -> bool:
     return torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
-Ranged = Callable[[int, int], torch.Tensor]  # rows start..stop-1 of a weight
-
-
 def _weight(pair: Pair, linear: Linear, workers: Workers, meter: Meter) -> tuple[str | None, float, float]:
     """(what is wrong, signal, noise) of one quantised weight; sums of squares over row ranges."""
     source, made, spec = pair.source, pair.made, pair.specs[linear.name]
@@ -240,11 +239,9 @@ def _weight(pair: Pair, linear: Linear, workers: Workers, meter: Meter) -> tuple
     file = made.info(f"{linear.name}.{next(iter(suffixes))}").file
     size = source.info(linear.tensor).nbytes // max(linear.shape[0], 1)
     whole = pair.expected(linear.tensor) if pair.touches(linear.tensor) else None
-    rows: Ranged = (
-        lambda start, stop: (  # noqa: E731
-            source.read_rows(linear.tensor, start, stop) if whole is None else whole[start:stop]
-        )
-    )
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return source.read_rows(linear.tensor, start, stop) if whole is None else whole[start:stop]
 
     def work(start: int, stop: int) -> tuple[str | None, dict[str, float], int]:
         weight, bytes_done = rows(start, stop), size * (stop - start)
