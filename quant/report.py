@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -224,23 +225,53 @@ def human(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def card(report: Report, base: str, serve: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Licence:
+    """What a source says about its licence: a name such as apache-2.0 from the front of its README.md, a file beside it."""
+
+    name: str = ""
+    file: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> Licence:
+        """Both empty when it says nothing."""
+        name, readme = "", folder / CARD_NAME
+        if readme.is_file():
+            with readme.open(encoding="utf-8", errors="replace") as file:
+                front = file.read(1 << 16)
+            found = re.match(r"---\r?\n(.*?\r?\n)---", front, re.DOTALL)
+            line = re.search(r"^license:\s*[\"']?([\w.+-]{1,64})[\"']?\s*$", found[1], re.MULTILINE) if found else None
+            name = line[1] if line else ""
+        files = sorted(p.name for p in folder.iterdir() if re.match(r"(licen[cs]e|copying)", p.name, re.IGNORECASE))
+        return cls(name, files[0] if files else "")
+
+    def __str__(self) -> str:
+        return ", ".join([*([self.name] if self.name else []), *([f"file `{self.file}`"] if self.file else [])])
+
+
+def card(report: Report, base: str, serve: Mapping[str, str], licence: Licence | None = None) -> str:
     """The model card in Markdown. base: name of the source; serve: engine -> the command that serves it."""
+    licence = licence or Licence()
     specs = Counter(m.spec for m in report.modules)
     before, after = report.bytes["source"], report.bytes["output"]
     # A folder name is no hub id, and the hub would make a dead link of it.
-    front = [
+    hub = [f"base_model: {base}", "base_model_relation: quantized"] if _is_hub_id(base) else []
+    lines = [
         "---",
-        *([f"base_model: {base}"] if _is_hub_id(base) else []),
-        "tags: [compressed-tensors, quantized]",
+        *([f"license: {licence.name}"] if licence.name else []),
+        *hub,
+        f"tags: [compressed-tensors, quantized, {', '.join(specs)}]",
         "---",
         "",
-    ]
-    lines = [
-        *front,
         f"# {base.rsplit('/', 1)[-1]}, {', '.join(specs)}",
         "",
         f"Quantised from `{base}` by percard {report.versions['percard']}: {human(before)} became {human(after)}.",
+        *([f"Licence of the source: {licence}."] if str(licence) else []),
+        "",
+        *_quality(report),
+        "",
+        *_serve(report, serve),
+        "## What was done",
         "",
         "| spec | modules | method | SQNR median, dB | lowest, dB | module |",
         "|---|---|---|---|---|---|",
@@ -251,17 +282,84 @@ def card(report: Report, base: str, serve: Mapping[str, str]) -> str:
         middle = f"{statistics.median([m.sqnr or 0.0 for m in measured]):.1f}" if measured else "exact"
         lowest = f"{measured[0].sqnr:.1f} | `{measured[0].name}`" if measured else "exact | "
         lines.append(f"| {spec} | {count} | {', '.join(sorted({m.method for m in mine}))} | {middle} | {lowest} |")
-    lines += ["", f"Check after writing (level {report.level}): **{report.status}**.", ""]
-    lines += [f"- {text}" for text in (*report.failures, *report.flags, *report.warnings)]
-    lines += ["", "## Serve", ""]
+    lines += ["", *_calibration(report), *_promotions(report)]
+    lines += ["Left as in the source:", ""]
+    lines += [f"- {count} x {rule}" for rule, count in Counter(report.kept.values()).items()]
+    touched = report.checks.get("transformed")
+    norms = "norms (where a method moved scales between weights, changed with them)" if touched else "norms"
+    lines += [f"- embeddings, {norms} and every file that is not a weight: byte by byte", ""]
+    notes = [*report.failures, *report.flags, *report.warnings]
+    lines += ["To know:", "", *(f"- {text}" for text in notes), ""] if notes else []
+    lines.append(
+        "Details per module and per layer: `report.json`. SQNR compares weights; it is no measure of what the model says."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _quality(report: Report) -> list[str]:
+    """The gate as a table, or that there was none."""
+    gate, lines = report.gate, ["## Quality against the source", ""]
+    if gate is None:
+        return [
+            *lines,
+            f"What the model says was not measured: no held-out text was given. Check of the files (level {report.level}): "
+            f"**{report.status}**.",
+        ]
+    limit = lambda key, form: form.format(gate.limits[key]) if key in gate.limits else "not gated"  # noqa: E731
+    lines += [
+        "| | source | this model | gate |",
+        "|---|---|---|---|",
+        f"| mean KL of the next token, nats | 0 | {gate.kl:.5f} | {limit('kl', 'at most {}')} |",
+        f"| same likeliest next token | 100 % | {gate.top1:.2%} | {limit('top1', 'at least {:.0%}')} |",
+        f"| perplexity | {gate.perplexity_reference:.3f} | {gate.perplexity:.3f} ({gate.rise:+.2%}) | "
+        f"{limit('perplexity', 'rise at most {:.0%}')} |",
+        "",
+        f"Gate: **{gate.gate}**{' (' + '; '.join(gate.reasons) + ')' if gate.reasons else ''}. "
+        f"Text: `{gate.text}`, sha256 {gate.sha256[:16]}.",
+        f"Protocol: {gate.protocol}.",
+    ]
+    if len(report.gates) > 1:
+        lines.append(f"Before layers were given more bits: {report.gates[0].show()}.")
+    if report.status != gate.gate and gate.gate != "none":
+        lines.append(f"The report as a whole is **{report.status}**, see below.")
+    return lines
+
+
+def _serve(report: Report, serve: Mapping[str, str]) -> list[str]:
+    lines = ["## Serve", ""]
     for engine, command in serve.items():
         lines += [f"{engine}:", "", "```", command, "```", ""]
-    lines += ["## Left alone", ""]
-    rules = Counter(report.kept.values())
-    lines += [f"- {count} x {rule}" for rule, count in rules.items()]
-    lines += ["- embeddings, norms and every file that is not a weight: byte by byte as in the source", ""]
-    lines.append("Details per module: `report.json`. SQNR compares weights; it is no measure of what the model says.")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _calibration(report: Report) -> list[str]:
+    """Name, hash and size of the text; nothing for methods that read none."""
+    said = report.calibration
+    if not said:
+        return ["No calibration text was read.", ""]
+    tokens = f"{said['windows_used']} windows of {said['window']} tokens" if "windows_used" in said else ""
+    extra = f", seed {said['seed']}" if "seed" in said else ""
+    lines = [f"Calibration text: `{said.get('source')}`, sha256 {str(said.get('sha256'))[:16]}, {tokens}{extra}."]
+    starved = [x for x in report.layers if x.starved]
+    if starved:
+        count, of = sum(x.starved for x in starved), sum(len(x.tokens) for x in report.layers)
+        lines.append(f"{count} of {of} experts met fewer than {STARVED} of its tokens.")
+    return [*lines, ""]
+
+
+def _promotions(report: Report) -> list[str]:
+    if not report.promotions:
+        return []
+    lines = [
+        "Given more bits after a red gate:",
+        "",
+        "| round | modules | from | to | bytes added |",
+        "|---|---|---|---|---|",
+    ]
+    for p in report.promotions:
+        names = f"`{p.modules[0]}`" + (f" and {len(p.modules) - 1} more" if len(p.modules) > 1 else "")
+        lines.append(f"| {p.round} | {names} | {p.before} | {p.after} | {human(p.bytes)} |")
+    return [*lines, ""]
 
 
 def _is_hub_id(name: str) -> bool:

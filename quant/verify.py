@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats import compressed_tensors
+from ..formats import accepts, compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from . import fidelity, heldout, report, walk
@@ -105,6 +105,38 @@ def compared(
     )
 
 
+def merged(done: Report, found: Report) -> Report:
+    """The report of a run with what `verify` found in what it wrote."""
+    tokens = {layer.index: layer.tokens for layer in done.layers}
+    layers = tuple(dataclasses.replace(x, tokens=tokens.get(x.index, ())) for x in found.layers)
+    return dataclasses.replace(
+        done,
+        level=found.level,
+        bytes=found.bytes,
+        checks=found.checks,
+        failures=(*done.failures, *found.failures),
+        flags=tuple(dict.fromkeys((*done.flags, *found.flags))),
+        warnings=tuple(dict.fromkeys((*done.warnings, *found.warnings))),
+        layers=layers or done.layers,
+        gates=(*done.gates, *found.gates),
+        accepts=found.accepts,
+        seconds={**done.seconds, **{k: done.seconds.get(k, 0.0) + v for k, v in found.seconds.items()}},
+    )
+
+
+def _accepts(pair: Pair) -> tuple[dict[str, object], ...]:
+    """The rows of accepts.json for what this checkpoint holds."""
+    used = dict.fromkeys((str(pair.specs[x.name]), ".experts." in x.name) for x in pair.linears)
+    kinds = ((spec, "experts" if experts else "dense") for spec, experts in used)
+    return tuple(
+        {"engine": r.engine, "versions": r.versions, "spec": spec, "modules": kind, "verdict": r.verdict}
+        | {"needs": r.needs, "reason": r.reason, "source": r.source}
+        for spec, kind in kinds
+        for r in accepts.rows()
+        if spec in r.specs and r.modules == kind
+    )
+
+
 def _files(pair: Pair, level: str, progress: Callback | None) -> Report:
     """Levels bytes and weights."""
     source, made, specs, linears = pair.source, pair.made, pair.specs, pair.linears
@@ -158,6 +190,7 @@ def _files(pair: Pair, level: str, progress: Callback | None) -> Report:
         flags=tuple(flags),
         warnings=tuple(f"{p.name} of the source was left out: never opened" for p in source.skipped),
         calibration=pair.said.calibration if pair.said is not None else {},
+        accepts=_accepts(pair),
     )
 
 

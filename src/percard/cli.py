@@ -94,15 +94,18 @@ def verify(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="What `quantize` wrote.")],
     against: Annotated[str, typer.Option(help="The source checkpoint: a folder or a hub id.")],
     text: Annotated[
-        Path | None, typer.Option(help="Held-out text, UTF-8; adds KL and top-1 against the source.")
+        Path | None, typer.Option(help="Held-out text, or *.jsonl; adds KL and top-1 against the source.")
     ] = None,
-    level: Annotated[str, typer.Option(help="bytes or weights.")] = "weights",
+    level: Annotated[
+        str | None, typer.Option(help="bytes, weights, blocks or model; default: model with --text, else weights.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Read so many tokens of --text; default: all.")] = None,
     as_json: AsJson = False,
 ) -> None:
     from . import compose
 
     with console.showing_progress(as_json) as progress:
-        verdict = compose.verify(dst, against, level=level, text=text, progress=progress)
+        verdict = compose.verify(dst, against, level=level, text=text, tokens=tokens, progress=progress)
     _show(verdict, as_json)
     raise typer.Exit(verdict.exit_code)
 

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from .quant import quantize as quantize_module
 from .quant import verify as verify_module
 from .quant.progress import Callback
 from .quant.recipe import Recipe, RecipeError
-from .quant.report import Report, human
+from .quant.report import Gate, Report, human
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,56 +124,41 @@ def quantize(
 
 @dataclass(frozen=True)
 class Verdict:
-    """`report` of the bytes and weights; with a text also `quality` and its `gate` with reasons, else None and "none"."""
+    """What `verify` found; `gate` with a text at level model, else None."""
 
     report: Report
-    quality: quality.Quality | None = None
-    gate: str = "none"
-    reasons: tuple[str, ...] = ()
+
+    @property
+    def gate(self) -> Gate | None:
+        return self.report.gate
 
     @property
     def exit_code(self) -> int:
-        return GATE_RED if "red" in (self.report.status, self.gate) else DONE
+        return GATE_RED if self.report.status == "red" else DONE
 
     def to_dict(self) -> dict[str, Any]:
-        tree = self.report.to_dict()
-        if self.quality is not None:
-            tree["quality"] = {"gate": self.gate, "reasons": list(self.reasons), **asdict(self.quality)}
-            tree["status"] = "red" if self.exit_code else "green"
-        return tree
+        return self.report.to_dict()
 
     def show(self) -> list[RenderableType]:
-        lines = show_report(self.report)
-        if self.quality is not None:
-            q = self.quality
-            lines.append(
-                f"KL {q.kl:.5f}   top-1 {q.top1:.2%}   perplexity {q.perplexity:.3f} (source {q.perplexity_reference:.3f})"
-            )
-            lines.append(q.protocol)
-            lines.append(_verdict("gate", self.gate, "; ".join(self.reasons)))
-        return lines
+        return show_report(self.report)
 
 
 def verify(
     dst: str | Path,
     src: str | Path,
     *,
-    level: str = "weights",
+    level: str | None = None,
     text: str | Path | None = None,
+    tokens: int | None = None,
     progress: Callback | None = None,
 ) -> Verdict:
-    """Re-opens `dst` and compares it with `src`; with a UTF-8 `text` also KL and top-1 through the engine."""
-    origin = source(src)
-    report = verify_module.verify(Path(dst), origin, level=level, progress=progress)
-    if text is None:
-        return Verdict(report)
-    ids = quality.read_ids(text, origin)
-    reference, model = load(origin), load(dst)
-    if model.spec is None:
-        raise FormatError(f"{dst}: holds 16-bit weights, nothing to gate; give what `percard quantize` wrote")
-    measured = quality.compare(reference, model, ids)
-    word, reasons = quality.gate(measured, model.spec, quality.is_small(reference))
-    return Verdict(report, measured, word, tuple(reasons))
+    """Re-opens `dst` and compares it with `src`; with a held-out `text` also what both models say (level model).
+
+    level: bytes, weights, blocks or model; None = model with a text, else weights. tokens: of the text at most.
+    """
+    level = level or ("weights" if text is None else "model")
+    report = verify_module.verify(Path(dst), source(src), level=level, text=text, tokens=tokens, progress=progress)
+    return Verdict(report)
 
 
 def show_report(report: Report) -> list[RenderableType]:
@@ -191,11 +176,26 @@ def show_report(report: Report) -> list[RenderableType]:
         lines.append(f"{human(before)} -> {human(after)} ({after / before:.0%}), {sum(report.seconds.values()):.1f} s")
     lines += [Text(text, "red") for text in (*report.failures, *report.flags)]
     lines += [Text(text, "yellow") for text in report.warnings]
+    if (gate := report.gate) is not None:
+        lines += [*_promoted(report), gate.show(), gate.protocol, _verdict("gate", gate.gate, "; ".join(gate.reasons))]
+    elif report.layers and (errors := [layer.error for layer in report.layers if layer.error is not None]):
+        worst = max(range(len(errors)), key=errors.__getitem__)
+        lines.append(
+            f"error of a block's output: {max(errors):.2%} at worst (block {worst}), {min(errors):.2%} at best"
+        )
     if report.level == "none":
         lines.append(Text(f"{report.output}: written, not checked; percard verify does that"))
     else:
         lines.append(_verdict(f"{report.output}: checked ({report.level}),", report.status))
     return lines
+
+
+def _promoted(report: Report) -> list[RenderableType]:
+    """What was done about a red gate, in a line."""
+    if not report.promotions:
+        return []
+    sets, size = len(report.promotions), sum(p.bytes for p in report.promotions)
+    return [f"first {report.gates[0].show()}; then {sets} sets got more bits, {human(size)} in all"]
 
 
 def _verdict(subject: str, word: str, why: str = "") -> Text:

@@ -36,11 +36,13 @@ SRC stays untouched. OUT must not exist, or --force. What was written is opened 
 VERIFY = """Open DST again and compare it with the checkpoint it was made from.
 
 \b
-  percard verify out/w4 --against ./Qwen3-8B                    names, shapes, scales, error of every layer
+  percard verify out/w4 --against ./Qwen3-8B                    names, shapes, scales, error of every weight
   percard verify out/w4 --against ./Qwen3-8B --level bytes      names, dtypes, shapes, side files only
   percard verify out/w4 --against ./Qwen3-8B --text held.txt    KL, top-1 and perplexity; exit 4 when the gate is red
+  percard verify out/w4 --against ./Qwen3-8B --text held.txt --level blocks      error of every block's output only
 
-Take a text that was never used for training or calibration.
+With a text both models run side by side, two blocks in memory at a time, in fp32. Take a text that was never used for
+training; one that was calibrated on is told by its hash and makes the result red. 3-bit weights have no gate.
 """
 
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.

@@ -113,16 +113,30 @@ def test_verify_with_a_text_adds_the_gate(quantised: Path, checkpoint: Path, tex
     ran = percard("verify", quantised, "--against", checkpoint, "--text", text, "--json")
     report = json.loads(ran.out)
     assert ran.code == 0, ran.err
-    assert report["quality"]["gate"] == "green" and 0 < report["quality"]["kl"] < 0.01
-    assert "windows of 64" in report["quality"]["protocol"]
+    (gate,) = report["gates"]
+    assert report["level"] == "model" and gate["gate"] == "green" and 0 < gate["kl"] < 0.01
+    assert "windows of 64" in gate["protocol"] and gate["text"] == "held.txt"
+    plain = percard("verify", quantised, "--against", checkpoint, "--text", text, "--tokens", 100)
+    assert plain.code == 0
+    for words in ("KL 0.0", "top-1", "perplexity", "98 tokens in 2 windows of 64", "gate green"):
+        assert words in plain.out
+
+
+def test_verify_at_level_blocks_needs_a_text_and_says_the_worst_block(
+    quantised: Path, checkpoint: Path, text: Path, percard: Run
+) -> None:
+    ran = percard("verify", quantised, "--against", checkpoint, "--text", text, "--level", "blocks")
+    assert ran.code == 0 and "error of a block's output" in ran.out and "KL" not in ran.out
+    ran = percard("verify", quantised, "--against", checkpoint, "--level", "blocks")
+    assert ran.code == 2 and "--text" in ran.error
 
 
 def test_a_red_gate_exits_4(
     quantised: Path, checkpoint: Path, text: Path, percard: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from percard.bench import quality
+    from percard.quant import fidelity
 
-    monkeypatch.setitem(quality.THRESHOLDS, 8, {"kl": 0.0, "top1": 1.0, "perplexity": 0.0})
+    monkeypatch.setitem(fidelity.THRESHOLDS, 8, {"kl": 0.0, "top1": 1.0, "perplexity": 0.0})
     ran = percard("verify", quantised, "--against", checkpoint, "--text", text)
     assert ran.code == 4 and "gate red" in ran.out and "KL" in ran.out
 
