@@ -228,8 +228,7 @@ def dtype_of(wanted: str, model: torch.dtype) -> torch.dtype:
 def _windows(source: Checkpoint, recipe: Recipe) -> text.Windows:
     """The calibration windows of a recipe. RecipeError or FormatError name what is wrong with the text."""
     config, positions = source.config, source.config.get("max_position_embeddings")
-    given = text.Calibration(**vars(recipe.calibration))
-    found = text.windows(given, source.path, int(config["vocab_size"]), positions)
+    found = text.windows(recipe.calibration, source.path, int(config["vocab_size"]), positions)
     if found.ids.numel() == 0:
         raise RecipeError("the calibration text gives no window; give more text")
     return found

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
 from ..formats import affine, compressed_tensors
 from ..formats.checkpoint import TensorInfo, Writer
 from ..formats.spec import FormatError, QuantSpec
@@ -83,7 +82,7 @@ def _fingerprint(plan: preflight.Preflight) -> dict[str, Any]:
     mark: dict[str, Any] = {
         "source": source_mark(plan.source),
         "recipe": recipe,
-        "percard": f"{__version__}.{REVISION}",
+        "percard": f"{report.versions()['percard']}.{REVISION}",
     }
     if plan.recipe.calibrated:
         import transformers

@@ -35,6 +35,7 @@ from . import fields
 from .fields import RecipeError
 from .methods import METHODS
 from .progress import Callback, Progress
+from .text import Calibration
 
 __all__ = ["Calibration", "Callback", "Progress", "Recipe", "RecipeError", "Serve", "Step", "compiled"]
 
@@ -86,17 +87,6 @@ class Serve:
     engine: str | None = None
     sm: int | None = None
     tp: int = 1
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that calibrated methods read: a file, "hf:name", or None for the small built-in one; `samples` windows of
-    `seq_len` tokens, chosen by `seed`."""
-
-    source: str | None = None
-    samples: int = 256
-    seq_len: int = 2048
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ FULL_OPS = (
 OFFLINE_OPS = ("search_scale",)  # no Triton body
 EVERY_OP_HAS = ("__init__.py", "contract.py", "reference.py", "cases.py", "README.md", "cpu.cpp")
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "errors", "exceptions", "misc"}
-ERRORS = {"FormatError": "formats/spec.py", "Unsupported": "kernels/op.py", "RecipeError": "quant/recipe.py"}
+ERRORS = {"FormatError": "formats/spec.py", "Unsupported": "kernels/op.py", "RecipeError": "quant/fields.py"}
 ASKS_DEVICE = {
     "is_available", "device_count", "get_device_properties", "get_device_capability", "get_device_name", "current_device",
     "mem_get_info",
