@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from percard.formats.spec import FormatError
-from percard.quant import quantize
+from percard.quant import fidelity, quantize
+from percard.quant.pair import Pair, _widths
 from percard.quant.progress import Progress
 from percard.quant.recipe import Recipe
+from percard.quant.report import Report
+from percard.quant.transforms import FILE, Transforms
 from percard.quant.verify import verify
 
 Tiny = Callable[..., Path]
@@ -105,6 +111,21 @@ def test_swapped_experts_are_loud(pair: Callable[..., tuple[Path, Path]]) -> Non
     assert report.status == "red" and len(report.flags) == 2 and all("experts" in f for f in report.flags)
 
 
+def test_whole_experts_swapped_are_loud_without_a_text(pair: Callable[..., tuple[Path, Path]]) -> None:
+    src, dst = pair("w8a8", "qwen3_moe")
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".experts.0." in n]:
+            other = name.replace(".experts.0.", ".experts.1.")
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    edit(dst, swap)
+    report = verify(dst, src, level="weights")
+    found = {f.partition(":")[0] for f in report.flags}
+    assert report.status == "red"
+    assert found == {f"model.layers.1.mlp.experts.{e}.{n}_proj" for e in (0, 1) for n in ("gate", "up", "down")}
+
+
 def test_side_files_and_config(pair: Callable[..., tuple[Path, Path]]) -> None:
     src, dst = pair()
     (dst / "tokenizer.json").write_text("{}")
@@ -136,5 +157,134 @@ def test_folders_that_are_no_pair(pair: Callable[..., tuple[Path, Path]], tmp_pa
         verify(dst, dst)
     with pytest.raises(FormatError, match="no such folder"):
         verify(tmp_path / "nowhere", src)
-    with pytest.raises(ValueError, match="bytes, weights"):
-        verify(dst, src, level="model")
+    with pytest.raises(ValueError, match="bytes, weights, blocks, model"):
+        verify(dst, src, level="all")
+    for level in ("blocks", "model"):
+        with pytest.raises(FormatError, match="--text FILE"):
+            verify(dst, src, level=level)
+
+
+# -- transformed weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformed(tiny: Tiny, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """`transformed(kind)` -> (source, quantised after scales were moved, which lie beside it)."""
+
+    def make(kind: str) -> tuple[Path, Path]:
+        src = tiny(kind, max_position_embeddings=64)
+        pair = Pair.open(quantised(src, tmp_path / "plain"), src)
+        random = torch.Generator().manual_seed(5)
+        kv, group, d = pair.transforms.kv
+        scales = {}
+        for key, size in _widths(pair.found).items():
+            scale = torch.rand(size, generator=random) + 0.5
+            if key.endswith("v_proj"):
+                scale = scale.view(kv, group, d)[:, :1].expand(kv, group, d).reshape(-1).contiguous()
+            scales[key] = scale
+        moved = Transforms(pair.transforms.kv, scales)
+
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            before = dict(tensors)
+            for name, tensor in before.items():
+                if moved.touches(name):
+                    tensors[name] = moved.apply(name, tensor, before.__getitem__).to(tensor.dtype)
+
+        twin = tiny(kind, name="twin", change=change, max_position_embeddings=64)
+        quantised(twin, tmp_path / "out")
+        (tmp_path / "out" / FILE).write_bytes(moved.to_bytes())
+        return src, tmp_path / "out"
+
+    return make
+
+
+def quantised(src: Path, dst: Path, spec: str = "w4a16-g64") -> Path:
+    quantize.run(src, dst, Recipe.from_flags(spec=spec))
+    return dst
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "llama"])
+def test_transformed_weights_are_compared_with_the_transformed_source(
+    transformed: Callable[[str], tuple[Path, Path]], kind: str
+) -> None:
+    src, dst = transformed(kind)
+    report = verify(dst, src)
+    assert report.status == "green", (report.failures, report.flags)
+    # norms; with qwen2 the bias of v, with experts the router
+    assert report.checks["transformed"] == {"qwen2": 6, "qwen3_moe": 5, "llama": 4}[kind]
+    bare = dst.parent / "bare"
+    shutil.copytree(dst, bare)
+    (bare / FILE).unlink()
+    report = verify(bare, src)
+    assert report.status == "red" and len(report.failures) == {"qwen2": 6, "qwen3_moe": 5, "llama": 4}[kind]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.v_proj.bias", "self_attn.k_proj.bias"],
+)
+def test_what_a_transform_touched_is_held_to_the_last_bit(
+    transformed: Callable[[str], tuple[Path, Path]], name: str
+) -> None:
+    src, dst = transformed("qwen2")
+    edit(dst, lambda t: t[f"model.layers.1.{name}"].view(torch.int16)[3:4].bitwise_xor_(1))
+    (text,) = verify(dst, src, level="bytes").failures
+    assert f"model.layers.1.{name} differs from the source's" in text
+    assert ("after the transforms" in text) == ("k_proj" not in name)
+
+
+def test_scales_of_another_model_are_refused(transformed: Callable[[str], tuple[Path, Path]]) -> None:
+    src, dst = transformed("llama")
+    good = Transforms.read_scales(dst)
+    (dst / FILE).write_bytes(Transforms((1, 1, 1), {**good, "model.layers.9.mlp.up_proj": torch.ones(4)}).to_bytes())
+    with pytest.raises(FormatError, match=r"layers\.9\.mlp\.up_proj has 4 scales"):
+        verify(dst, src)
+
+
+# -- with a text --------------------------------------------------------------------------------------------------------
+
+TRAINED = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantised(TRAINED, tmp_path_factory.mktemp("trained") / "w4", "w4a16-g64")
+
+
+def test_a_text_adds_layers_and_a_gate(trained: Path) -> None:
+    text = TRAINED / "heldout.txt"
+    report = verify(trained, TRAINED, level="model", text=text, tokens=600)
+    assert report.status == "green" and report.gate is not None and report.gate.gate == "green"
+    assert 0.001 < report.gate.kl < 0.03 and report.gate.text == "heldout.txt" and report.gate.spec == "w4a16-g64"
+    assert report.gate.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert [layer.index for layer in report.layers] == list(range(8))
+    assert all(0.01 < (layer.error or 0) < 0.5 and layer.noise for layer in report.layers)
+    engines = {row["engine"]: row for row in report.accepts}
+    assert engines["vllm"]["spec"] == "w4a16-g64" and engines["vllm"]["versions"].startswith("==")
+    blocks = verify(trained, TRAINED, level="blocks", text=text, tokens=600)
+    assert blocks.gate is None and blocks.level == "blocks" and len(blocks.layers) == 8
+
+
+def test_a_missed_gate_is_red(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fidelity.THRESHOLDS, 4, {"kl": 1e-4, "top1": 0.0, "perplexity": 1.0})
+    report = verify(trained, TRAINED, level="model", text=TRAINED / "heldout.txt", tokens=300)
+    assert report.status == "red" and not report.flags and not report.failures
+    assert report.gate is not None and "KL" in report.gate.reasons[0]
+
+
+def test_the_calibration_text_is_no_held_out_text(trained: Path) -> None:
+    text = TRAINED / "heldout.txt"
+    said = Report.load(trained / "report.json")
+    said = dataclasses.replace(
+        said, calibration={"source": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+    )
+    report = verify(trained, TRAINED, level="model", text=text, tokens=200, said=said)
+    assert report.status == "red" and "the text is the calibration text" in report.flags[0]
+    assert report.gate is not None and report.gate.gate == "green"
+
+
+def test_broken_files_are_not_run(trained: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(trained, tmp_path / "bad"))
+    edit(bad, lambda t: t["model.norm.weight"].add_(1))
+    report = verify(bad, TRAINED, level="model", text=TRAINED / "heldout.txt", tokens=200)
+    assert report.status == "red" and report.gate is None and "level model was not reached" in report.warnings[-1]
