@@ -61,11 +61,15 @@ class _Shard:
     def resume(self, done: Collection[str]) -> None:
         """Goes on where an earlier run stopped: the tensors `done` lie in the file as they should."""
         mine = self.open_names & set(done)
+        if not mine:
+            self.path.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
+            return
         self.open_names -= mine
         self.again = True
         if self.path.exists() and self.open_names:  # finished, and then killed before anybody noted it
             self.path.rename(self.temporary)
-        if mine and not self.path.exists():
+        if not self.path.exists():
             least = max(sum(self.ranges[name]) for name in mine)
             if not self.temporary.exists() or self.temporary.stat().st_size < least:
                 raise FormatError(

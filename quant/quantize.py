@@ -22,7 +22,7 @@ import torch
 from ..formats import affine, compressed_tensors
 from ..formats.checkpoint import TensorInfo, Writer
 from ..formats.spec import FormatError, QuantSpec
-from . import engines, output, preflight, report, verify, walk
+from . import engines, fidelity, heldout, output, preflight, promote, report, verify, walk
 from .journal import NAME, Journal, machine, source_mark
 from .methods import METHODS
 from .output import Output
@@ -63,10 +63,10 @@ def run(
         journal = Journal(out.work / NAME, _fingerprint(plan))
         meter = Meter("quantize", plan.bytes_source, progress)
         modules, layers = _write(plan, out, journal, meter)
-        done = _report(plan, out_path, modules, {"quantize": meter.seconds})
-        done = dataclasses.replace(done, layers=tuple(layers), calibration=plan.calibration)
+        done = _report(plan, out_path, modules, {"quantize": meter.seconds}, journal.fingerprint)
+        done = dataclasses.replace(done, layers=tuple(layers))
         if recipe.verify.level != "none":
-            done = _verified(done, out.folder, source_path, recipe.verify.level, progress)
+            done = _verified(done, plan, out, progress)
         output.write(out.folder / report.REPORT_NAME, done.to_json())
         if recipe.card:
             name = report.SECOND_CARD_NAME if (source_path / report.CARD_NAME).exists() else report.CARD_NAME
@@ -274,7 +274,13 @@ def _refuse_non_finite(chunk: bytes, offset: int, info: TensorInfo, name: str) -
         )
 
 
-def _report(plan: preflight.Preflight, dst: Path, modules: list[Module], seconds: dict[str, float]) -> Report:
+def _report(
+    plan: preflight.Preflight,
+    dst: Path,
+    modules: list[Module],
+    seconds: dict[str, float],
+    fingerprint: dict[str, Any],
+) -> Report:
     """The report before verification."""
     copied = sum(plan.source.info(n).nbytes for n in plan.source.names) - sum(m.bytes_before for m in modules)
     return Report(
@@ -294,18 +300,31 @@ def _report(plan: preflight.Preflight, dst: Path, modules: list[Module], seconds
         seconds=seconds,
         warnings=plan.warnings,
         recipe=plan.recipe.to_dict(),
+        calibration=plan.calibration,
+        fingerprints=fingerprint,
     )
 
 
-def _verified(done: Report, folder: Path, src: Path, level: str, progress: Callback | None) -> Report:
-    """The report with what a look at the written files says; RuntimeError when they are not what was written."""
-    found = verify.verify(folder, src, level=level, progress=progress)
+def _verified(done: Report, plan: preflight.Preflight, out: Output, progress: Callback | None) -> Report:
+    """The report with what a look at the written files says, and after promotion when the recipe wants it.
+
+    RuntimeError when the files are not what was written.
+    """
+    wanted, ids = plan.recipe.verify, None if plan.windows is None else plan.windows.ids
+    given = {"level": wanted.level, "text": wanted.text, "said": done, "calibration_ids": ids, "work": out.work}
+    found = verify.verify(out.folder, plan.src, progress=progress, **given)  # type: ignore[arg-type]
     if found.failures:
-        raise RuntimeError(f"{folder}: the checkpoint read back is not what was written: {found.failures[0]}")
-    return dataclasses.replace(
-        done,
-        level=level,
-        checks=found.checks,
-        flags=found.flags,
-        seconds={**done.seconds, "verify": found.seconds["verify"]},
+        raise RuntimeError(f"{out.folder}: the checkpoint read back is not what was written: {found.failures[0]}")
+    done = verify.merged(done, found)
+    if done.gate is None or done.gate.gate != "red" or wanted.on_red != "promote" or wanted.text is None:
+        return done
+    window = fidelity.window_of(plan.source.config)
+    text = heldout.read(wanted.text, plan.src, int(plan.source.config["vocab_size"]), window)
+    serve = plan.recipe.serve
+    better, where = promote.until_green(
+        out.folder, plan.src, done, text, max_extra=wanted.max_extra, serve=serve, work=out.work, progress=progress
     )
+    if where != out.folder:
+        (out.work / NAME).unlink()  # the units that it names are gone from here on
+        promote.replace(out.folder, where)
+    return better

@@ -59,19 +59,40 @@ def quantize(
     ],
     spec: Annotated[str | None, typer.Option(help="What weights become, such as w4a16-g128.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
-    method: Annotated[str, typer.Option(help="How codes are found.")] = "rtn",
-    calibration: Annotated[Path | None, typer.Option(help="JSONL text for methods that calibrate.")] = None,
+    method: Annotated[
+        str, typer.Option(help="How codes are found: rtn, hqq (no text); gptq, awq, smoothquant, rotate, autoround.")
+    ] = "rtn",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text the method calibrates on: .jsonl, a text file, hf:NAME. Else a small built-in."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of that text.")] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens of a window.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which windows, when there are more.")] = 0,
+    experts: Annotated[str, typer.Option(help="What an expert's last matrix sees: blend, routed, all.")] = "blend",
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text: KL and top-1 at the end; layers that fail get more bits.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Who will serve it, such as vllm==0.33.0: refused if it cannot.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Cards that it will be split over.")] = 1,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with all of it, instead of --spec.")] = None,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe these flags mean; stop.")
     ] = False,
     force: Force = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Start over, or go on with what a killed run left.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and what it needs; stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     from . import compose
 
-    plan = compose.recipe(spec, method=method, calibration=calibration, file=recipe)
+    flags = {"method": method, "calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    flags |= {"experts": experts, "text": text, "engine": engine, "tp": tp}
+    plan = compose.recipe(spec, file=recipe, **flags)
     if print_recipe:
         console.emit_json(plan.to_dict()) if as_json else print(plan.to_yaml(), end="")
         return
@@ -83,7 +104,7 @@ def quantize(
     if target is None:
         raise typer.BadParameter("--out is missing; name the folder to write")
     with console.showing_progress(as_json) as progress:
-        report = compose.quantize(src, target, recipe=plan, force=force, progress=progress)
+        report = compose.quantize(src, target, recipe=plan, force=force, fresh=fresh, progress=progress)
     _show(report, as_json, compose.show_report)
     if report.status == "red":
         raise typer.Exit(console.GATE_RED)

@@ -84,14 +84,8 @@ def source(name: str | Path) -> Path:
         ) from None
 
 
-def recipe(
-    spec: str | None = None,
-    *,
-    method: str = "rtn",
-    calibration: str | Path | None = None,
-    file: str | Path | None = None,
-) -> Recipe:
-    """The Recipe that flags or a file mean. RecipeError when both or neither say the spec."""
+def recipe(spec: str | None = None, *, file: str | Path | None = None, **flags: Any) -> Recipe:
+    """The Recipe that flags (those of Recipe.from_flags) or a file mean. RecipeError when both or neither say the spec."""
     if file is not None:
         if spec is not None:
             raise RecipeError(f"--spec {spec} and --recipe {file} both say what to do; keep one")
@@ -100,7 +94,9 @@ def recipe(
         raise RecipeError(
             "--spec is missing; say one, such as w4a16-g128 or w8a8 (there is no default), or --recipe FILE"
         )
-    return Recipe.from_flags(spec=spec, method=method, calibration=calibration)
+    if flags.get("text") is not None:
+        flags["verify"] = "model"
+    return Recipe.from_flags(spec=spec, **flags)
 
 
 def preflight(src: str | Path, plan: Recipe, dst: Path | None = None) -> preflight_module.Preflight:
@@ -115,11 +111,12 @@ def quantize(
     *,
     recipe: Recipe | None = None,
     force: bool = False,
+    fresh: bool = False,
     progress: Callback | None = None,
 ) -> Report:
     """Checkpoint `src` (folder or hub id) to `dst` in `spec`, or as a Recipe says. FormatError, RecipeError for bad input."""
     plan = recipe if recipe is not None else Recipe.from_flags(spec=spec or "")
-    return quantize_module.run(source(src), Path(dst), plan, force=force, progress=progress)
+    return quantize_module.run(source(src), Path(dst), plan, force=force, fresh=fresh, progress=progress)
 
 
 @dataclass(frozen=True)

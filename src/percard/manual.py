@@ -24,13 +24,20 @@ with --json both are JSON, one object a line. PERCARD_TRACEBACK=1 adds a traceba
 QUANTIZE = """Quantise the checkpoint SRC to SPEC and write it to OUT, shard by shard, in a format that others load.
 
 \b
-  percard quantize ./Qwen3-8B --spec w4a16-g128 --out out/w4
+  percard quantize ./Qwen3-8B --spec w4a16-g128 --out out/w4                        round to nearest, no text needed
+  percard quantize ./Qwen3-8B --spec w4a16-g128 --method gptq --calibration c.jsonl --out out/w4
+  percard quantize ./Qwen3-8B --spec w8a8 --method smoothquant --calibration c.jsonl --text held.txt --out out/w8
   percard quantize Qwen/Qwen3-8B --spec w8a8 --out out/w8      from the hub, if huggingface_hub is installed
   percard quantize ./Qwen3-8B --spec w4a16-g128 --dry-run      what it would do and need; reads no weights
   percard quantize ./Qwen3-8B --spec w8a8 --print-recipe       the same wish as a file, to edit
   percard quantize ./Qwen3-8B --recipe mine.yaml --out out/q   per-layer specs live in a recipe
 
-SRC stays untouched. OUT must not exist, or --force. What was written is opened again and checked before it counts.
+Methods: rtn and hqq need no text. gptq, awq (+ gptq), smoothquant (+ gptq) and rotate (+ gptq) run the model's blocks over
+a text, one block in memory at a time; a line of the .jsonl holds {"text": ..}, {"messages": [..]} or {"ids": [..]}. With
+--text the result is held against SRC on that text, and while it is red the worst layers get more bits.
+
+SRC stays untouched. OUT must not exist, or --force. A run that is killed loses the block at work: the same command goes on.
+What was written is opened again and checked before it counts.
 """
 
 VERIFY = """Open DST again and compare it with the checkpoint it was made from.
