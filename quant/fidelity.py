@@ -27,7 +27,7 @@ from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from . import blocks
 from .blocks import Block, Frame, Read
-from .pair import Pair
+from .pair import EMBEDDING, Pair
 from .progress import Callback, Meter
 from .report import Gate, Layer
 from .spill import Spill, SpillWriter
@@ -156,10 +156,10 @@ def memory(pair: Pair, tokens: int) -> int:
     """Bytes that `measure` takes at most over a text of `tokens` tokens: two blocks in fp32 and what is read for them,
     the head (both, when they differ), logits, hidden states."""
     largest = max(sum(4 * n * k for n, k in (x.shape for x in block)) for block in pair.found.blocks())
-    vocabulary, hidden = pair.source.info("model.embed_tokens.weight").shape
+    vocabulary, hidden = pair.source.info(EMBEDDING).shape
     states = 2 * 4 * tokens * hidden
     logits = 6 * 4 * _CHUNK * vocabulary + 4 * _HEAD_ROWS * hidden
-    head = 2 * pair.source.info("model.embed_tokens.weight").nbytes
+    head = 2 * pair.source.info(EMBEDDING).nbytes
     return 2 * largest + largest // 4 + head + logits + min(2 * states, IN_MEMORY) + 24 * 4 * _BATCH * hidden
 
 
@@ -290,7 +290,7 @@ def _batches(pieces: Sequence[torch.Tensor], pair: Pair) -> list[torch.Tensor]:
     kept = [piece for piece in pieces if len(piece) > 1]  # one token has nothing to score
     if not kept:
         raise FormatError(f"{pair.made.path}: the text has fewer than 2 tokens; give a longer --text")
-    vocabulary = pair.source.info("model.embed_tokens.weight").shape[0]
+    vocabulary = pair.source.info(EMBEDDING).shape[0]
     largest = max(int(piece.max()) for piece in kept)
     if largest >= vocabulary:
         raise FormatError(
@@ -305,7 +305,7 @@ def _batches(pieces: Sequence[torch.Tensor], pair: Pair) -> list[torch.Tensor]:
 
 
 def _table(read: Read) -> torch.Tensor:
-    table = read("model.embed_tokens.weight")
+    table = read(EMBEDDING)
     assert isinstance(table, torch.Tensor)
     return table
 
@@ -321,15 +321,14 @@ def _turn(pair: Pair) -> Callable[[torch.Tensor], torch.Tensor]:
     rotation = pair.transforms.rotation
     if rotation is None:
         return lambda x: x
-    name = "model.embed_tokens.weight"  # its rows are hidden states, so what is done to them is done to all
-    size = pair.source.info(name).shape[1]
-    matrix = rotation.apply(name, torch.eye(size), pair.source.read)
+    size = pair.source.info(EMBEDDING).shape[1]  # its rows are hidden states, so what is done to them is done to all
+    matrix = rotation.apply(EMBEDDING, torch.eye(size), pair.source.read)
     return lambda x: x @ matrix
 
 
-def _head(pair: Pair, read: Read) -> Callable[[torch.Tensor], torch.Tensor]:
+def _head(read: Read, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """fp32 logits [T, V] of hidden states [T, H]; a 16-bit head stays in 16 bits, some rows of it become fp32 at a time."""
-    weight = read("model.embed_tokens.weight" if pair.found.tied else "lm_head.weight")
+    weight = read(name)
     if isinstance(weight, QuantTensor):
         slot = blocks.Slot(torch.empty(0), None)
         slot.put(weight, torch.float32)
@@ -340,10 +339,11 @@ def _head(pair: Pair, read: Read) -> Callable[[torch.Tensor], torch.Tensor]:
 @torch.no_grad()
 def _score(frame: Frame, pair: Pair, theirs: _States, ours: _States, batches: Sequence[torch.Tensor]) -> Gate:
     """The figures at the end of both chains; the verdict comes later (`judged`)."""
-    head = "model.embed_tokens" if pair.found.tied else "lm_head"
-    same = head not in pair.specs and not pair.touches(f"{head}.weight")
-    theirs_head = _head(pair, pair.source.read)
-    ours_head = theirs_head if same else _head(pair, pair.read)
+    there, here = pair.heads
+    head = here.removesuffix(".weight")
+    theirs_head = _head(pair.source.read, there)
+    same = head not in pair.specs and not pair.touches(here)
+    ours_head = theirs_head if same else _head(pair.read, here)
     kl = nll = nll_reference = 0.0
     agree = count = windows = 0
     for i, ids in enumerate(batches):

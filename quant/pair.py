@@ -7,10 +7,8 @@ the source's tensor after that change, worked out here again from the source and
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,9 +17,12 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from . import report, walk
+from .methods import rotate
 from .report import Report
 from .transforms import INPUT_NORM, POST_NORM, UP, Rotates, Transforms, V, check_shapes
 from .walk import Linear, Map
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +47,10 @@ class Pair:
         file = made.path / report.REPORT_NAME
         if said is None and file.is_file():
             said = Report.load(file)
-        kv = _heads(source.config, found)
+        kv = walk.kv_heads(source.config, where)
         scales = Transforms.read_scales(made.path)
         check_shapes(scales, _widths(found), made.path)
-        transforms = Transforms(kv, scales, _rotation(source, found, said))
+        transforms = Transforms(kv, scales, _rotation(source, kv, said))
         return cls(source, made, found, specs_of(made), transforms, said)
 
     @property
@@ -57,18 +58,35 @@ class Pair:
         """Those that are quantised."""
         return [x for x in self.found.linears if x.name in self.specs]
 
+    @property
+    def untied(self) -> bool:
+        """Whether `made` has an output head of its own where the source's is its embedding, as a rotation needs it."""
+        return (
+            self.transforms.rotation is not None
+            and self.found.tied
+            and HEAD not in self.source.tensors
+            and self.made.config.get("tie_word_embeddings") is False
+        )
+
+    @property
+    def heads(self) -> tuple[str, str]:
+        """The names of the tensors that are the output heads of source and `made`."""
+        name = EMBEDDING if self.found.tied else HEAD
+        return name, HEAD if self.untied else name
+
     def touches(self, name: str) -> bool:
         """Whether a transform changed tensor `name` of the source."""
         return self.transforms.touches(name)
 
     def expected(self, name: str) -> torch.Tensor:
         """Tensor `name` as it was before rounding: the source's own, or fp32 where a transform changed it."""
-        tensor = self.source.read(name)
+        tensor = self.source.read(EMBEDDING if name == HEAD and self.untied else name)
         return self.transforms.apply(name, tensor, self.source.read) if self.touches(name) else tensor
 
     def stored(self, name: str) -> torch.Tensor:
         """Tensor `name` as a checkpoint holds it that does not quantise it: `expected`, rounded to the source's dtype."""
-        return self.expected(name).to(self.source.info(name).dtype)
+        dtype = self.source.info(EMBEDDING if name == HEAD and self.untied else name).dtype
+        return self.expected(name).to(dtype)
 
     def read(self, name: str) -> torch.Tensor | QuantTensor:
         """Tensor `name` of `made` by its name in the source; a QuantTensor for a weight that is quantised."""
@@ -105,15 +123,6 @@ def specs_of(made: Checkpoint) -> dict[str, QuantSpec]:
         raise FormatError(f"{made.path / 'config.json'}: {error}") from None
 
 
-def _heads(config: Mapping[str, Any], found: Map) -> tuple[int, int, int]:
-    """(kv_heads, heads_per_kv, D), from the shapes of q and k, which the survey has compared with the config."""
-    heads = int(config["num_attention_heads"])
-    shapes = {x.name.rpartition(".")[2]: x.shape for x in found.linears if x.block == 0}
-    d = shapes["q_proj"][0] // heads
-    kv = shapes["k_proj"][0] // d
-    return kv, heads // kv, d
-
-
 def _widths(found: Map) -> dict[str, int]:
     """How many scales each producer of this model may have (transforms.py)."""
     widths = {n.removesuffix(".weight"): shape[0] for n, shape in found.others.items() if n.endswith("norm.weight")}
@@ -126,11 +135,14 @@ def _widths(found: Map) -> dict[str, int]:
     return widths
 
 
-def _rotation(source: Checkpoint, found: Map, said: Report | None) -> Rotates | None:
+def _rotation(source: Checkpoint, kv: tuple[int, int, int], said: Report | None) -> Rotates | None:
     """The rotation that the recipe in a report names; None = it names none."""
     stages = ((said.recipe if said is not None else None) or {}).get("stages") or [{}]
     methods = (stages[0].get("quantize") or {}).get("methods") or []
     options = next((m["rotate"] or {} for m in methods if isinstance(m, dict) and "rotate" in m), None)
     if options is None:
         return None
-    raise FormatError(f"{source.path}: rotated checkpoints are not compared yet")
+    heads, group, d = kv
+    hidden, layers = (int(source.config[key]) for key in ("hidden_size", "num_hidden_layers"))
+    known = {key: options.get(key, rotate.OPTIONS[key].default) for key in ("seed", "values")}
+    return rotate.plan(hidden, heads * group, heads, d, layers, **known)

@@ -29,7 +29,7 @@ from ..formats.tensor import QuantTensor
 from . import engines, fidelity, heldout, output, report, transforms, verify, walk
 from .fidelity import Fall
 from .methods import rtn
-from .pair import Pair
+from .pair import HEAD, Pair
 from .progress import Callback, Meter
 from .recipe import Serve
 from .report import Gate, Module, Promotion, Report
@@ -195,11 +195,13 @@ def rewrite(
         else:
             parts = compressed_tensors.plan((info.shape[0], info.shape[1]), spec, pair.found.dtype)
             tensors |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
+    if pair.untied:
+        tensors[HEAD] = (pair.made.info(HEAD).dtype, tuple(pair.made.info(HEAD).shape))
     linears = {x.tensor: x for x in pair.linears}
     meter = Meter("promote", sum(nbytes_of(kind, shape) for kind, shape in tensors.values()), progress)
     done: dict[str, Module | None] = {}
     with Writer(Path(out), tensors) as writer:
-        for name in pair.source.names:
+        for name in [*pair.source.names, *([HEAD] if pair.untied else [])]:
             linear = linears.get(name)
             if linear is None or linear.name not in changes:
                 same = [name] if linear is None else [f"{linear.name}.{s}" for s in _suffixes(linear, pair)]

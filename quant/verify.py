@@ -26,7 +26,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from . import fidelity, heldout, report, walk
 from .methods.records import signal_and_noise
-from .pair import Pair
+from .pair import EMBEDDING, HEAD, Pair
 from .progress import Callback, Meter
 from .report import Module, Report
 from .walk import Linear
@@ -142,9 +142,9 @@ def _files(pair: Pair, level: str, progress: Callback | None) -> Report:
     source, made, specs, linears = pair.source, pair.made, pair.specs, pair.linears
     infos, dtype = source.tensors, pair.found.dtype
     meter = Meter("verify", sum(i.nbytes for i in infos.values()), progress)
-    failures = [*_names(pair), *_config(source, made), *_side_files(source, made)]
+    failures = [*_names(pair), *_config(pair), *_side_files(source, made)]
     wrong = {x.name for x in linears if any(f"{x.name}." in f for f in failures)}
-    copied = [n for n in source.names if n not in {x.tensor for x in linears}]
+    copied = [n for n in source.names if n not in {x.tensor for x in linears}] + ([HEAD] if pair.untied else [])
     failures += _copies(pair, copied, meter)
     modules, flags, weights = [], [], {}
     if level != "bytes":
@@ -198,6 +198,8 @@ def _names(pair: Pair) -> Iterator[str]:
     """Differences between the tensors that should be there and those that are."""
     source, made = pair.source, pair.made
     expected = {n: (source.info(n).dtype, source.info(n).shape) for n in source.names}
+    if pair.untied:
+        expected[HEAD] = (source.info(EMBEDDING).dtype, source.info(EMBEDDING).shape)
     for linear in pair.linears:
         del expected[linear.tensor]
         plan = compressed_tensors.plan(linear.shape, pair.specs[linear.name], pair.found.dtype)
@@ -215,10 +217,11 @@ def _names(pair: Pair) -> Iterator[str]:
     yield from _at_most(problems)
 
 
-def _config(source: Checkpoint, made: Checkpoint) -> Iterator[str]:
-    """config.json may differ in quantization_config only, the order of the keys included."""
-    here = [(k, v) for k, v in source.config.items() if k != "quantization_config"]
-    there = [(k, v) for k, v in made.config.items() if k != "quantization_config"]
+def _config(pair: Pair) -> Iterator[str]:
+    """config.json may differ in quantization_config only (and in a head that was untied), the order of keys included."""
+    made, free = pair.made, ("quantization_config", *(["tie_word_embeddings"] if pair.untied else []))
+    here = [(k, v) for k, v in pair.source.config.items() if k not in free]
+    there = [(k, v) for k, v in made.config.items() if k not in free]
     if here != there:
         keys = sorted({k for k, v in here if (k, v) not in there} | {k for k, v in there if (k, v) not in here})
         yield f"{made.path / 'config.json'}: differs from the source in {', '.join(keys) or 'the order of its keys'}"
@@ -241,27 +244,29 @@ def _copies(pair: Pair, names: list[str], meter: Meter) -> Iterator[str]:
     """Tensors without a spec must be equal byte by byte, to the source's or to what the transforms make of it."""
     source, made, problems = pair.source, pair.made, []
     for name in names:
-        if name in made.tensors and made.info(name).nbytes == source.info(name).nbytes:
+        info = source.info(EMBEDDING if name == HEAD and pair.untied else name)
+        if name in made.tensors and made.info(name).nbytes == info.nbytes:
             if pair.touches(name):
                 if not _equal(made.read(name), pair.stored(name), pair.transforms.rotation is not None):
                     problems.append(
-                        f"{made.info(name).file}: tensor {name} differs from the source's after the transforms of "
-                        "percard-transforms.npz; one of them is not the one that was written"
+                        f"{made.info(name).file}: tensor {name} differs from the source's after the transforms "
+                        "(percard-transforms.npz, report.json); one of them is not the one that was written"
                     )
             elif any(a != b for a, b in zip(source.raw(name), made.raw(name), strict=True)):
                 problems.append(
                     f"{made.info(name).file}: tensor {name} differs from the source's; it had to be copied as it is"
                 )
-        meter.add(source.info(name).nbytes, name)
+        meter.add(info.nbytes if name in source.tensors else 0, name)
     yield from _at_most(problems)
 
 
 def _equal(found: torch.Tensor, expected: torch.Tensor, rotated: bool) -> bool:
     """Bit by bit; where a rotation summed rows, whose order another machine may change, up to the last bits."""
     if rotated:
-        close = 4 * torch.finfo(expected.dtype).eps
         most = float(expected.float().abs().max()) if expected.numel() else 0.0
-        return torch.allclose(found.float(), expected.float(), rtol=close, atol=close * most)
+        other = float((found != expected).float().mean()) if expected.dtype.itemsize == 2 else 0.0
+        close = torch.allclose(found.float(), expected.float(), rtol=torch.finfo(expected.dtype).eps, atol=1e-5 * most)
+        return close and other < 0.01  # of many sums a few are near enough to a border to round another way
     return torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 

@@ -208,7 +208,7 @@ def test_a_quantised_head_is_scored_with_its_values(tiny: Tiny, tmp_path: Path) 
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     scale = x.abs().amax(1, keepdim=True) / 127
     expected = F.linear((x / scale).round() * scale, affine.dequantize(pair.read("lm_head.weight")))
-    torch.testing.assert_close(fidelity._head(pair, pair.read)(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fidelity._head(pair.read, "lm_head.weight")(x), expected, rtol=1e-5, atol=1e-5)
     gate = fidelity.measure(pair, windows(1, 64)).gate
     assert gate is not None and "head w8a8" in gate.protocol
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from percard.formats.checkpoint import Checkpoint
 from percard.formats.spec import FormatError
-from percard.quant import fidelity, quantize
+from percard.quant import fidelity, promote, quantize
+from percard.quant.methods import rotate
 from percard.quant.pair import Pair, _widths
 from percard.quant.progress import Progress
 from percard.quant.recipe import Recipe
@@ -239,6 +241,73 @@ def test_scales_of_another_model_are_refused(transformed: Callable[[str], tuple[
     (dst / FILE).write_bytes(Transforms((1, 1, 1), {**good, "model.layers.9.mlp.up_proj": torch.ones(4)}).to_bytes())
     with pytest.raises(FormatError, match=r"layers\.9\.mlp\.up_proj has 4 scales"):
         verify(dst, src)
+
+
+@pytest.fixture
+def rotated(tiny: Tiny, tmp_path: Path) -> Callable[[str], tuple[Path, Path, Report]]:
+    """`rotated(kind)` -> (source, quantised after a rotation and scales, its report); a tied head is untied."""
+
+    def make(kind: str) -> tuple[Path, Path, Report]:
+        src = tiny(kind, max_position_embeddings=64, dtype=torch.float32)
+        source = Checkpoint.open(src)
+        random = torch.Generator().manual_seed(5)
+        scales = {"model.layers.1.mlp.up_proj": torch.rand(256, generator=random) + 0.5} if kind != "qwen3_moe" else {}
+        turned = Transforms((2, 2, 32), scales, rotate.plan(128, 4, 2, 32, 2, seed=3, values=True))
+        tied = bool(source.config["tie_word_embeddings"])
+
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            before = dict(tensors)
+            if tied:
+                before["lm_head.weight"] = before["model.embed_tokens.weight"]
+            for name, tensor in before.items():
+                tensors[name] = turned.apply(name, tensor, before.__getitem__)
+
+        twin = tiny(
+            kind, name="twin", change=change, max_position_embeddings=64, dtype=torch.float32, tie_word_embeddings=False
+        )
+        out = quantised(twin, tmp_path / "out", "w8a16")
+        (out / FILE).write_bytes(turned.to_bytes())
+        said = Report.load(out / "report.json")
+        stage = {"spec": "w8a16", "methods": [{"rotate": {"seed": 3, "values": True, "untie": tied}}, {"rtn": {}}]}
+        return src, out, dataclasses.replace(said, recipe={"stages": [{"quantize": stage}]})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_rotated_weights_are_compared_with_the_rotated_source(
+    rotated: Callable[[str], tuple[Path, Path, Report]], kind: str
+) -> None:
+    src, dst, said = rotated(kind)
+    report = verify(dst, src, said=said)
+    assert report.status == "green", (report.failures, report.flags)
+    (dst / "report.json").write_text(said.to_json())
+    ids = torch.randint(0, 96, (100,), generator=torch.Generator().manual_seed(2))
+    found = fidelity.measure(Pair.open(dst, src), list(ids.split(64)), falls=True)
+    assert found.gate is not None and found.gate.kl < 1e-4 and found.gate.top1 > 0.95
+    assert all((layer.error or 1) < 0.05 for layer in found.layers)  # blocks are compared where the rotation put them
+    for layer in found.layers:
+        gained = sum(fall.now - fall.then for fall in found.falls if fall.block == layer.index)
+        assert gained == pytest.approx(layer.noise, rel=0.5)
+    edit(dst, lambda t: t["model.norm.weight"].mul_(1.5))
+    assert "model.norm.weight differs" in verify(dst, src).failures[0]
+
+
+def test_a_rotation_that_nobody_mentions_is_loud(rotated: Callable[[str], tuple[Path, Path, Report]]) -> None:
+    src, dst, _ = rotated("llama")
+    report = verify(dst, src)
+    assert report.status == "red" and any("embed_tokens" in text for text in report.failures) and report.flags
+
+
+def test_a_head_that_was_untied_is_compared_too(
+    rotated: Callable[[str], tuple[Path, Path, Report]], tmp_path: Path
+) -> None:
+    src, dst, said = rotated("qwen3")
+    promote.rewrite(dst, src, tmp_path / "new", {"model.layers.0.mlp.down_proj": None}, said=said)
+    assert verify(tmp_path / "new", src, said=said).status == "green"
+    edit(dst, lambda t: t["lm_head.weight"].mul_(1.5))
+    (text,) = verify(dst, src, said=said).failures
+    assert "lm_head.weight differs" in text
 
 
 # -- with a text --------------------------------------------------------------------------------------------------------
