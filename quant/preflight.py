@@ -20,7 +20,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.header import nbytes_of
 from ..formats.spec import FormatError, QuantSpec
 from . import engines, rounding, text, walk, workers
-from .methods import METHODS
+from .methods import METHODS, rotate
 from .recipe import Recipe, RecipeError
 from .report import human
 from .walk import Assignment, Linear, Map
@@ -83,7 +83,8 @@ class Preflight:
     config: Mapping[str, Any] = field(repr=False)  # of the output
     windows: text.Windows | None = field(default=None, repr=False)
     dtype: torch.dtype = torch.float32  # of the arithmetic of calibrated methods
-    rotation: Any = field(default=None, repr=False)
+    rotation: rotate.Rotation | None = field(default=None, repr=False)
+    untied: bool = False  # the output gets a head of its own where the source's is its embedding
 
     @property
     def kv(self) -> tuple[int, int, int]:
@@ -167,7 +168,14 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     assignment = walk.assign(found, recipe)
     plan = _tensors(source, found, assignment)
     output = sum(nbytes_of(kind, shape) for kind, shape in plan.values())
+    rotation, untie = _rotation(source, found, recipe)
+    if untie:
+        embedding = source.info("model.embed_tokens.weight")
+        plan["lm_head.weight"] = (embedding.dtype, tuple(embedding.shape))
+        output += embedding.nbytes
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if untie:
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = compressed_tensors.config(dict(assignment.specs), sorted(assignment.kept))
     windows, dtype = None, torch.float32
     if recipe.calibrated:
@@ -211,7 +219,23 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
         config=config,
         windows=windows,
         dtype=dtype,
+        rotation=rotation,
+        untied=untie,
     )
+
+
+def _rotation(source: Checkpoint, found: Map, recipe: Recipe) -> tuple[rotate.Rotation | None, bool]:
+    """(the rotation that the recipe wants, whether it needs an output head of its own). RecipeError: not this model."""
+    options = next((dict(s.options) for s in recipe.transforms if s.method == "rotate"), None)
+    if options is None:
+        return None, False
+    why = rotate.refusal(source.config, untie=bool(options["untie"]))
+    if why is not None:
+        raise RecipeError(why)
+    heads, group, d = walk.kv_heads(source.config, str(source.path))
+    hidden, layers = int(source.config["hidden_size"]), int(source.config["num_hidden_layers"])
+    made = rotate.plan(hidden, heads * group, heads, d, layers, seed=options["seed"], values=options["values"])
+    return made, found.tied and "lm_head.weight" not in source.tensors
 
 
 def dtype_of(wanted: str, model: torch.dtype) -> torch.dtype:

@@ -35,6 +35,7 @@ from .walk import Linear
 from .workers import Workers
 
 UNIT = 512 << 20  # bytes of the source that a unit of copies and data-free rounding takes
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 REVISION = 1  # raised when the same recipe gives other bytes
 
 
@@ -109,6 +110,8 @@ def _units(plan: preflight.Preflight) -> list[Unit]:
     for name in plan.source.names:
         index = walk.block_of(plan.found, name) if plan.recipe.calibrated else None
         (rest if index is None else blocks.setdefault(index, [])).append(name)
+    if plan.untied:
+        rest.append(HEAD)
     units: list[list[str]] = [[]]
     size = 0
     for name in rest:
@@ -116,7 +119,7 @@ def _units(plan: preflight.Preflight) -> list[Unit]:
             units.append([])
             size = 0
         units[-1].append(name)
-        size += plan.source.info(name).nbytes
+        size += _info(plan, name).nbytes
     parts = [Unit(f"part {i}", tuple(names)) for i, names in enumerate(units) if names]
     return parts + [Unit(f"block {i}", tuple(blocks[i]), i) for i in sorted(blocks)]
 
@@ -128,7 +131,7 @@ def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Mete
     units = _units(plan)
     finished = {entry["unit"]: entry for entry in journal.entries}
     kept = [n for u in units if u.key in finished for n in _output_names(plan, u)]
-    meter.skip(sum(source.info(n).nbytes for u in units if u.key in finished for n in u.names))
+    meter.skip(sum(_info(plan, n).nbytes for u in units if u.key in finished for n in u.names))
     transforms = Transforms(plan.kv, rotation=plan.rotation)
     blocks = None
     with Writer(out.folder, plan.tensors, resume=kept) as writer:
@@ -147,7 +150,7 @@ def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Mete
                 copied = [n for n in unit.names if n not in linears]
                 mine = [linears[n] for n in unit.names if n in linears]
                 with Workers() as workers:
-                    found = [_quantise(plan, x, specs[x.name], writer, workers, meter) for x in mine]
+                    found = [_quantise(plan, x, specs[x.name], writer, workers, meter, transforms) for x in mine]
                 entry = {"modules": [dataclasses.asdict(m) for m in found]}
             for name in copied:
                 _copy(plan, name, writer, meter, transforms)
@@ -165,6 +168,11 @@ def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Mete
     return _in_order(plan, modules), [
         Layer(e["layer"]["index"], tokens=tuple(e["layer"]["tokens"])) for e in entries if "layer" in e
     ]
+
+
+def _info(plan: preflight.Preflight, name: str) -> TensorInfo:
+    """Of a source tensor; a head that was untied comes from the embedding."""
+    return plan.source.info(EMBEDDING if name == HEAD and plan.untied else name)
 
 
 def _in_order(plan: preflight.Preflight, modules: list[Module]) -> list[Module]:
@@ -186,7 +194,13 @@ def _output_names(plan: preflight.Preflight, unit: Unit) -> Iterator[str]:
 
 
 def _quantise(
-    plan: preflight.Preflight, linear: Linear, spec: QuantSpec, writer: Writer, workers: Workers, meter: Meter
+    plan: preflight.Preflight,
+    linear: Linear,
+    spec: QuantSpec,
+    writer: Writer,
+    workers: Workers,
+    meter: Meter,
+    transforms: Transforms,
 ) -> Module:
     """Rounds one weight, row range by row range, and writes its tensors."""
     source, dtype = plan.source, plan.found.dtype
@@ -201,14 +215,18 @@ def _quantise(
     filled = dict.fromkeys(whole, 0)
     facts = {"signal": 0.0, "noise": 0.0}
     info = source.info(linear.tensor)
+    changed = None
+    if transforms.touches(linear.tensor):
+        changed = transforms.apply(linear.tensor, source.read(linear.tensor), source.read)
 
     def work(start: int, stop: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], int]:
-        weight = source.read_rows(linear.tensor, start, stop)
+        weight = source.read_rows(linear.tensor, start, stop) if changed is None else changed[start:stop]
         try:
             rounded = method.run(weight.float(), None, spec, scale_dtype=affine.scale_dtype_of(spec, dtype), **options)
         except FormatError as error:
             raise FormatError(f"{info.file}: tensor {linear.tensor}, rows {start} to {stop - 1}: {error}") from None
-        return compressed_tensors.write(rounded.tensor, dtype), rounded.facts, weight.nbytes
+        nbytes = (stop - start) * linear.shape[1] * info.dtype.itemsize
+        return compressed_tensors.write(rounded.tensor, dtype), rounded.facts, nbytes
 
     for pieces, found, done in workers.over(work, walk.row_ranges(linear.shape, method.by_rows)):
         for suffix, piece in pieces.items():
@@ -225,15 +243,16 @@ def _quantise(
         writer.add(f"{linear.name}.{suffix}", tensor)
     size = sum(tensor.nbytes for tensor in whole.values())
     ratio = report.sqnr(facts["signal"], facts["noise"])
-    return Module(linear.name, str(spec), method.name, linear.shape, ratio, info.nbytes, size)
+    return Module(linear.name, str(spec), plan.method_of(linear), linear.shape, ratio, info.nbytes, size)
 
 
 def _copy(plan: preflight.Preflight, name: str, writer: Writer, meter: Meter, transforms: Transforms) -> None:
     """Copies a tensor's bytes, and looks at them on the way: NaN or Inf stops the run. What a transform touched is new."""
     source = plan.source
-    info = source.info(name)
+    info = _info(plan, name)
     if transforms.touches(name):
-        changed = transforms.apply(name, source.read(name), source.read).to(info.dtype)
+        read = source.read(EMBEDDING if name == HEAD and plan.untied else name)
+        changed = transforms.apply(name, read, source.read).to(info.dtype)
         if not bool(torch.isfinite(changed).all()):
             raise FormatError(f"{info.file}: tensor {name} holds NaN or Inf once transformed; take another method")
         writer.add(name, changed)

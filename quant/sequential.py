@@ -28,7 +28,7 @@ from .calibrate import Collector
 from .methods import METHODS
 from .methods.records import LinearGroup, Stats
 from .progress import Meter
-from .recipe import Recipe
+from .recipe import Recipe, Step
 from .rounding import Done, Wanted
 from .spill import Spill, SpillWriter
 from .transforms import INPUT_NORM, POST_NORM, UP, Transforms, V, settled
@@ -332,7 +332,7 @@ class Sequential:
                 if spec is None or not _suits(step.method, key):
                     continue
                 dtype = affine.scale_dtype_of(spec, self.found.dtype)
-                found = method.run(pair, spec, scale_dtype=dtype, **dict(step.options))
+                found = method.run(pair, spec, scale_dtype=dtype, **self._options(step))
                 before = self.transforms.scales.pop(key, torch.ones_like(found.scale))
                 whole = before * found.scale
                 if key.endswith((INPUT_NORM, POST_NORM)):
@@ -349,6 +349,13 @@ class Sequential:
                 name.removesuffix(".weight") if name.removesuffix(".weight") in block.slots else name, self.read(name)
             )
         return bounds
+
+    def _options(self, step: Step) -> dict[str, Any]:
+        """The options of a transform; AWQ weighs errors as the rounding that follows does."""
+        options = dict(step.options)
+        if options.get("loss") == "auto":
+            options["loss"] = "gptq" if self.recipe.rounding.method == "gptq" else "gram"
+        return options
 
     def _touched(self, block: Block) -> list[str]:
         return [n for n in self.source.names if n.startswith(block.prefix) and self.transforms.touches(n)]

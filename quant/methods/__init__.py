@@ -8,8 +8,11 @@ A method opens no file, knows no module and asks for no device. The codes it fin
 
 from __future__ import annotations
 
+from . import awq as _awq
 from . import gptq as _gptq
+from . import rotate as _rotate
 from . import rtn as _rtn
+from . import smoothquant as _smoothquant
 from .records import Method, Option, Rounded
 
 METHODS: dict[str, Method] = {
@@ -23,6 +26,19 @@ METHODS: dict[str, Method] = {
         calibrated=True,
         serves=_gptq.serves,
         prepare=_gptq.prepare,
+    ),
+    "awq": Method("awq", "transform", _awq.awq, _awq.OPTIONS, by_rows=False, calibrated=True, serves=_awq.serves),
+    "smoothquant": Method(
+        "smoothquant",
+        "transform",
+        _smoothquant.smoothquant,
+        _smoothquant.OPTIONS,
+        by_rows=False,
+        calibrated=True,
+        serves=_smoothquant.serves,
+    ),
+    "rotate": Method(
+        "rotate", "transform", _rotate.plan, _rotate.OPTIONS, by_rows=False, calibrated=False, serves=_rotate.serves
     ),
 }
 

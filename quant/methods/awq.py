@@ -37,7 +37,7 @@ OPTIONS = {
     "grid": Option(int, 20, "how many exponents are tried", 1, 100),
     "duo": Option(bool, True, "candidates that look at the weights as well as at the inputs"),
     "clip": Option(bool, True, "search how much of the largest weights a scale has to cover"),
-    "loss": Option(str, "gram", "what is kept small: gram (rounding to nearest follows) or gptq (GPTQ follows)"),
+    "loss": Option(str, "auto", "what is kept small: gram, gptq, or auto: what the rounding that follows goes by"),
     "refine": Option(int, 40, "steps of gradient descent on the scales, from the best candidate", 0, 1000),
     "rows": Option(int, 1024, "rows of the readers that the search for scales looks at", 16, 1 << 20),
     "damp": Option(float, 0.01, "added to diag(G), as a share of its mean, where loss is gptq", 0.0, 1.0),
