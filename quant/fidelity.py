@@ -3,14 +3,15 @@
     level blocks   the FP block and the quantised one on the same FP input: error and noise of each block (report.Layer)
     level model    two chains as well, FP and quantised, each on its own inputs: KL, top-1 and perplexity at their ends
 
-All arithmetic is fp32; int8 activations are rounded as the kernels round them (blocks.round_rows). Memory: two blocks, a
-head in its stored dtype, logits of a few hundred positions, and the hidden states of both chains, which beyond IN_MEMORY
+All arithmetic is fp32; int8 activations are rounded as the kernels round them (blocks.round_rows). Memory (`memory`): two
+blocks (and a fused set more, where sets of a transformed model are tried at 16 bits), a head in its stored dtype, logits of a few hundred positions, and the hidden states of both chains, which beyond IN_MEMORY
 bytes lie in files of which two exist at a time. Thresholds and windows are those of the bench's gate (bench/quality.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import math
 import shutil
@@ -79,6 +80,11 @@ def measure(
     """Runs both models over `pieces`, windows of ids int64 [T], all of one length but the last. FormatError for a text
     that is too short or not of this vocabulary. work: where files of hidden states go; None = the system's folder.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise FormatError(
+            f"level {level} runs the model's blocks through transformers, which is not installed; "
+            "pip install 'percard[quant]', or take --level weights without a text"
+        )
     wanted = list(pieces) if level == "model" else _first(pieces, GAIN_TOKENS if falls else ERROR_TOKENS)
     batches = _batches(wanted, pair)
     frame = Frame(pair.source.config, pair.found, torch.float32, str(pair.source.path))

@@ -35,6 +35,7 @@ class Pair:
     specs: dict[str, QuantSpec]
     transforms: Transforms
     said: Report | None
+    note: str = ""  # why `said` is None although there is a report
 
     @classmethod
     def open(cls, dst: str | os.PathLike[str], src: str | os.PathLike[str], said: Report | None = None) -> Pair:
@@ -44,14 +45,17 @@ class Pair:
         found = walk.survey(
             source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
         )
-        file = made.path / report.REPORT_NAME
+        note, file = "", made.path / report.REPORT_NAME
         if said is None and file.is_file():
-            said = Report.load(file)
+            try:
+                said = Report.load(file)
+            except FormatError as error:  # perhaps another tool's: what it would have said is then not known
+                note = f"{error}; what was calibrated on, and whether weights were rotated, is not known"
         kv = walk.kv_heads(source.config, where)
         scales = Transforms.read_scales(made.path)
         check_shapes(scales, _widths(found), made.path)
         transforms = Transforms(kv, scales, _rotation(source, kv, said))
-        return cls(source, made, found, specs_of(made), transforms, said)
+        return cls(source, made, found, specs_of(made), transforms, said, note)
 
     @property
     def linears(self) -> list[Linear]:
@@ -137,12 +141,15 @@ def _widths(found: Map) -> dict[str, int]:
 
 def _rotation(source: Checkpoint, kv: tuple[int, int, int], said: Report | None) -> Rotates | None:
     """The rotation that the recipe in a report names; None = it names none."""
-    stages = ((said.recipe if said is not None else None) or {}).get("stages") or [{}]
-    methods = (stages[0].get("quantize") or {}).get("methods") or []
-    options = next((m["rotate"] or {} for m in methods if isinstance(m, dict) and "rotate" in m), None)
-    if options is None:
-        return None
-    heads, group, d = kv
-    hidden, layers = (int(source.config[key]) for key in ("hidden_size", "num_hidden_layers"))
-    known = {key: options.get(key, rotate.OPTIONS[key].default) for key in ("seed", "values")}
-    return rotate.plan(hidden, heads * group, heads, d, layers, **known)
+    try:
+        stages = ((said.recipe if said is not None else None) or {}).get("stages") or [{}]
+        methods = (stages[0].get("quantize") or {}).get("methods") or []
+        options = next((m["rotate"] or {} for m in methods if isinstance(m, dict) and "rotate" in m), None)
+        if options is None:
+            return None
+        heads, group, d = kv
+        hidden, layers = (int(source.config[key]) for key in ("hidden_size", "num_hidden_layers"))
+        known = {key: options.get(key, rotate.OPTIONS[key].default) for key in ("seed", "values")}
+        return rotate.plan(hidden, heads * group, heads, d, layers, **known)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"report.json: its recipe cannot be read ({error}); quantize again") from None

@@ -13,6 +13,7 @@ else is copied from the red checkpoint byte by byte.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -273,6 +274,8 @@ def until_green(
     as it became, its report red.
     """
     at, budget = folder, int(max_extra * done.bytes["output"])
+    for left in folder.glob(f"{_WORK}-*"):  # by a run that was killed
+        output.discard(left)
     for number in range(1, ROUNDS + 1):
         if done.gate is None or done.gate.gate != "red" or done.failures:
             break
@@ -287,9 +290,13 @@ def until_green(
             return dataclasses.replace(done, warnings=(*done.warnings, note)), at
         budget -= made.bytes
         new = folder / f"{_WORK}-{number}"
-        if new.exists():
-            output.discard(new)  # left by a run that was killed
-        modules = rewrite(at, src, new, made.changes, said=done, progress=progress)
+        try:
+            modules = rewrite(at, src, new, made.changes, said=done, progress=progress)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            note = f"the gate is red, and promotion found no room on the disk ({report.human(pair.made.nbytes)} are needed)"
+            return dataclasses.replace(done, warnings=(*done.warnings, note)), at
         steps = tuple(_step(number, choice, rung, noise) for choice, rung in made.steps.values())
         better = _checked(new, src, _renewed(done, modules, steps), text, work, progress)
         if better.gate is not None and not better.gate.kl <= done.gate.kl:

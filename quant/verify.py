@@ -188,7 +188,10 @@ def _files(pair: Pair, level: str, progress: Callback | None) -> Report:
         },
         failures=tuple(failures),
         flags=tuple(flags),
-        warnings=tuple(f"{p.name} of the source was left out: never opened" for p in source.skipped),
+        warnings=tuple(
+            [f"{p.name} of the source was left out: never opened" for p in source.skipped]
+            + ([pair.note] if pair.note else [])
+        ),
         calibration=pair.said.calibration if pair.said is not None else {},
         accepts=_accepts(pair),
     )

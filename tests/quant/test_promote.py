@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,22 @@ def test_what_cannot_become_green_stays_red_and_says_so(
     assert Checkpoint.open(where).nbytes <= 1.02 * Checkpoint.open(folder).nbytes
     same, here = promote.until_green(folder, TRAINED, done, text, max_extra=0.0)
     assert here == folder and same.gates == done.gates and "no promotion fits" in same.warnings[-1]
+
+
+def test_a_full_disk_leaves_the_red_checkpoint(
+    trained: tuple[Path, Report, heldout.HeldOut], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, done, text = trained
+    assert done.gate is not None
+    first = dataclasses.replace(done.gate, gate="red", limits={"kl": 1e-9, "top1": 0.5})
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(promote.Writer, "add_raw", full)
+    report, where = promote.until_green(folder, TRAINED, dataclasses.replace(done, gates=(first,)), text)
+    assert where == folder and report.status == "red" and "no room on the disk" in report.warnings[-1]
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
 
 
 def test_the_report_names_what_is_not_quantised_any_more() -> None:

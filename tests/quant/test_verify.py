@@ -334,6 +334,16 @@ def test_a_text_adds_layers_and_a_gate(trained: Path) -> None:
     assert blocks.gate is None and blocks.level == "blocks" and len(blocks.layers) == 8
 
 
+def test_a_report_of_another_tool_is_not_read(trained: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(trained, tmp_path / "made"))
+    (made / "report.json").write_text('{"mood": 3}')
+    report = verify(made, TRAINED, level="bytes")
+    assert report.status == "green" and "is not known" in report.warnings[-1]
+    recipe = {"stages": [{"quantize": {"methods": [{"rotate": {"seed": "x"}}]}}]}
+    with pytest.raises(FormatError, match="its recipe cannot be read"):
+        verify(made, TRAINED, said=dataclasses.replace(Report.load(trained / "report.json"), recipe=recipe))
+
+
 def test_a_missed_gate_is_red(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fidelity.THRESHOLDS, 4, {"kl": 1e-4, "top1": 0.0, "perplexity": 1.0})
     report = verify(trained, TRAINED, level="model", text=TRAINED / "heldout.txt", tokens=300)
