@@ -21,7 +21,7 @@ import torch
 from .affine import scale_dtype_of
 from .pack import pack, unpack, word_count
 from .spec import FormatError, QuantSpec
-from .targets import check_fused, matches, targets_of
+from .targets import check_fused, matches, patience, targets_of
 from .tensor import QuantTensor
 
 PACKED, INT = "pack-quantized", "int-quantized"
@@ -126,9 +126,11 @@ def _spec_of(group: Mapping[str, Any], where: str) -> QuantSpec | str:
         if inputs.get("strategy") not in (None, "token", "tensor"):
             return f"activations with strategy {inputs.get('strategy')} are not run here, only per token"
         act = 8
-    symmetric = weights.get("symmetric", True)
+    symmetric, bits = weights.get("symmetric", True), weights.get("num_bits", 8)
+    if type(bits) is not int:
+        return f"num_bits is {bits!r}, expected a whole number"
     try:
-        return QuantSpec(weights.get("num_bits", 8), act, size if strategy == "group" else None, symmetric is not False)
+        return QuantSpec(bits, act, size if strategy == "group" else None, symmetric is not False)
     except FormatError as error:
         return str(error)
 
@@ -188,7 +190,7 @@ def specs(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, QuantSpe
         raise FormatError("quantization_config: ignore is not a list of names")
     names = set(names)
     out: dict[str, QuantSpec] = {}
-    for module in sorted(modules_of(names)):
+    for module in patience(sorted(modules_of(names))):
         if matches(module, ignore):
             raise FormatError(
                 f"{module}: is in the ignore list of the config, but has quantised tensors; one of them is wrong"
@@ -312,11 +314,11 @@ def read(
     who = f"{module}: " if module else ""
     stated = tensors.get("weight_shape")
     if stated is not None:
-        numbers = [int(v) for v in stated.reshape(-1)]
-        if len(numbers) != 2 or min(numbers) < 0 or (shape is not None and tuple(numbers) != shape):
-            raise FormatError(
-                f"{who}weight_shape says {numbers}, expected {'two sizes' if shape is None else list(shape)}"
-            )
+        numbers = stated.reshape(-1)[:3].tolist()
+        right = stated.dtype in (torch.int64, torch.int32) and len(numbers) == 2 and min(numbers) >= 0
+        if not right or (shape is not None and tuple(numbers) != shape):
+            expected = "two sizes" if shape is None else list(shape)
+            raise FormatError(f"{who}weight_shape says {numbers}, expected {expected}")
         shape = (numbers[0], numbers[1])
     if shape is None:
         codes = tensors.get("weight")
@@ -335,17 +337,18 @@ def read(
         raise FormatError(f"{who}weight_scale is missing; fetch it again")
     if not scale.is_floating_point() or scale.dtype.itemsize < 2:
         raise FormatError(f"{who}weight_scale is {scale.dtype}, expected bfloat16, float16 or float32")
+    if not bool(torch.isfinite(scale).all()):
+        raise FormatError(f"{who}weight_scale holds NaN or Inf; the file is damaged, quantise the source again")
     if spec.group is None and tuple(scale.shape) in ((), (1,)):  # one scale for the whole weight
-        scale = scale.reshape(1, 1).expand(rows, 1).contiguous()
+        scale = scale.reshape(1, 1).expand(rows, 1)
     if spec.group is None and tuple(scale.shape) == (rows,):
         scale = scale.reshape(rows, 1)
     if tuple(scale.shape) != (rows, groups):
         raise FormatError(
             f"{who}weight_scale is {list(scale.shape)}, expected {[rows, groups]} for {spec} {list(shape)}"
         )
-    if not bool(torch.isfinite(scale).all()):
-        raise FormatError(f"{who}weight_scale holds NaN or Inf; the file is damaged, quantise the source again")
     codes = _codes(tensors, spec, shape, who)
+    scale = scale.contiguous()  # not before the codes have shown that there are so many rows
     if "weight_g_idx" in tensors:
         _check_order(tensors["weight_g_idx"], spec, columns, groups, who)
     zero = _zero(tensors.get("weight_zero_point"), "weight_packed" in tensors, spec, rows, groups, who)

@@ -82,10 +82,14 @@ def parse_json(text: bytes, where: str) -> Any:
 
 def read_json(path: Path, max_bytes: int = 64 << 20) -> dict[str, Any]:
     """A JSON object from a file of at most `max_bytes`. FormatError names the file and what is wrong with it."""
-    size = path.stat().st_size
-    if size > max_bytes:
+    if not path.is_file():  # a pipe would never end, a device neither
+        raise FormatError(f"{path}: is {'not a file' if path.exists() else 'missing'}; {_AGAIN}")
+    with path.open("rb") as file:
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        size = path.stat().st_size
         raise FormatError(f"{path}: {size} bytes, at most {max_bytes} are read; is it the right file?")
-    found = parse_json(path.read_bytes(), str(path))
+    found = parse_json(text, str(path))
     if not isinstance(found, dict):
         raise FormatError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
     return found

@@ -16,11 +16,17 @@ GROUPS = (32, 64, 128)
 _FLOAT = ("fp8-dynamic", "fp8-block")
 _READ_ONLY = ("nvfp4", "mxfp4")
 _EXAMPLES = "w8a8, w8a16, w8a16-g128, w4a16-g128, w4a16-g128-asym, w3a16-g64, w4a8, w4a8-g128, fp8-dynamic, fp8-block"
+_MAX_MESSAGE = 2000  # characters: a hostile name may have millions
 _NAME = re.compile(r"w(3|4|8)a(8|16)(?:-g(32|64|128))?(-asym)?")
 
 
 class FormatError(ValueError):
     """Bytes, names or shapes that do not mean what a format says. Names the file or tensor, and the remedy."""
+
+    def __str__(self) -> str:
+        """The message; its middle is left out where a name inside is thousands of characters long."""
+        text = super().__str__()
+        return text if len(text) <= _MAX_MESSAGE else f"{text[: _MAX_MESSAGE // 2]} ... {text[-_MAX_MESSAGE // 2 :]}"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,14 @@ names all of its modules by regexes that hold a dot before the leaf (`re:.*v_pro
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from re import _constants as ops  # type: ignore[attr-defined]
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
 
 from .spec import FormatError, QuantSpec
 
@@ -22,17 +28,67 @@ FUSED = (
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+")
 
 
+_WAYS = 1e8  # in which a regex may try to match one name: about a second
+_PATIENCE_S = 60.0  # processor time that all regexes of a config may take; those of real ones take milliseconds
+
+
+def patience(modules: Iterable[str]) -> Iterator[str]:
+    """The modules of a config, one by one; FormatError once its regexes have taken a minute."""
+    began = time.process_time()
+    for module in modules:
+        if time.process_time() - began > _PATIENCE_S:
+            raise FormatError("quantization_config: its regexes take minutes; name the modules more simply")
+        yield module
+
+
+@lru_cache(maxsize=4096)
+def _regex(pattern: str, length: int) -> re.Pattern[str]:
+    """A compiled regex that cannot take forever on a name of at most `length` characters; FormatError otherwise.
+
+    A config comes from strangers, and `(a+)+$` takes years on a name of forty characters.
+    """
+    where = f"quantization_config: target {'re:' + pattern!r}"
+    try:
+        ways, regex = _ways(_parser.parse(pattern), length), re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(f"{where} is not a regex: {error}") from None
+    if not ways <= _WAYS:
+        raise FormatError(f"{where} could take forever: loops inside loops, or too many; name the modules more simply")
+    return regex
+
+
+def _ways(items: Iterable[tuple[Any, Any]], length: int) -> float:
+    """About how many ways a backtracking matcher has to lay a parsed regex over `length` characters; inf = too many."""
+    ways, loops = 1.0, 0
+    for op, value in items:
+        if op in (ops.MAX_REPEAT, ops.MIN_REPEAT, ops.POSSESSIVE_REPEAT):
+            least, most, body = value
+            inner, most = _ways(body, length), min(int(most), length)
+            if most <= 1:
+                ways *= 1 + inner
+            elif inner > 1:  # a choice in each turn
+                ways *= inner**most if most * math.log(inner) < 50 else math.inf
+            else:
+                ways *= max(1, most - int(least) + 1)
+                loops += 1
+        elif op is ops.BRANCH:
+            ways *= sum(_ways(branch, length) for branch in value[1])
+        elif op in (ops.SUBPATTERN, ops.ASSERT, ops.ASSERT_NOT):
+            ways *= _ways(value[-1], length)
+        elif op is ops.ATOMIC_GROUP:
+            ways *= _ways(value, length)
+        elif op is ops.GROUPREF_EXISTS:
+            ways *= sum(_ways(branch, length) for branch in value[1:] if branch)
+    return ways / math.factorial(loops)  # loops side by side share the characters
+
+
 def matches(name: str, targets: Iterable[str], kind: int | None = None) -> bool:
     """Whether module `name` is meant. kind: 0 exact names only, 1 regexes only, 2 the class Linear only, None all."""
     for target in targets:
         if target.startswith("re:"):
             if kind not in (None, 1):
                 continue
-            try:
-                found = re.match(target[3:], name) is not None
-            except re.error as error:
-                raise FormatError(f"quantization_config: target {target!r} is not a regex: {error}") from None
-            if found:
+            if _regex(target[3:], 1 << len(name).bit_length()).match(name):
                 return True
         elif (kind in (None, 0) and target == name) or (kind in (None, 2) and target == "Linear"):
             return True

@@ -339,7 +339,8 @@ class Writer:
 def _plain(name: str) -> bool:
     """A relative file name, folders allowed, that cannot lead out of the folder."""
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and str(path) == name
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and "\0" not in name and str(path) == name
 
 
 def _remove_files(folder: Path, names: list[str], made_folder: bool) -> None:

@@ -189,7 +189,7 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """The recipe that a YAML text says."""
-        if len(text.encode()) > MAX_BYTES:
+        if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
             raise RecipeError(f"a recipe has at most {MAX_BYTES} bytes")
         return _from_tree(fields.load(text))
 

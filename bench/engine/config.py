@@ -173,6 +173,9 @@ def parse_config(raw: Mapping[str, Any], name: str, where: str = "config.json") 
             raise FormatError(f"{where}: {key} is {value!r}, expected a whole number above 0")
         return value
 
+    def number(key: str, default: float) -> float:
+        return _number(raw.get(key), default, key, where)
+
     act = raw.get("hidden_act", "silu")
     if act != "silu":
         raise FormatError(f"{where}: hidden_act {act!r} is not one the engine runs; known: silu")
@@ -193,7 +196,7 @@ def parse_config(raw: Mapping[str, Any], name: str, where: str = "config.json") 
     context = size("max_position_embeddings", 2048)
     bias = bool(raw.get("attention_bias", False))
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise FormatError(f"{where}: torch_dtype {dtype!r} is not known; known: {', '.join(_DTYPES)}")
     return Config(
         name=name,
@@ -206,7 +209,7 @@ def parse_config(raw: Mapping[str, Any], name: str, where: str = "config.json") 
         head_dim=head_dim,
         vocab=size("vocab_size"),
         context=context,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=number("rms_norm_eps", 1e-6),
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2" or bias,
         o_bias=kind != "qwen2" and bias,
@@ -214,7 +217,7 @@ def parse_config(raw: Mapping[str, Any], name: str, where: str = "config.json") 
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         rope=_rope(raw, where, context),
         dtype=_DTYPES[dtype],
-        eos=_ids(raw.get("eos_token_id")),
+        eos=_ids(raw.get("eos_token_id"), where),
         experts=_experts(raw, where, size) if kind == "qwen3_moe" else None,
     )
 
@@ -234,40 +237,54 @@ def _experts(raw: Mapping[str, Any], where: str, size: Callable[[str], int]) -> 
     return Experts(count, per_token, size("moe_intermediate_size"), normalized, step, tuple(dense))
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else () if value is None else (int(value),)
+def _number(value: Any, default: float, key: str, where: str) -> float:
+    """A finite number; `default` for None."""
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise FormatError(f"{where}: {key} is {value!r}, expected a number")
+    return float(value)
+
+
+def _ids(value: Any, where: str) -> tuple[int, ...]:
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in found):
+        raise FormatError(f"{where}: eos_token_id is {value!r}, expected a token id or a list of them")
+    return tuple(found)
 
 
 def _refuse_sliding_window(raw: Mapping[str, Any], where: str) -> None:
     """Sliding windows change the result only when one is switched on for a layer of this model."""
     kinds = raw.get("layer_types")
     if kinds is not None:
+        if not isinstance(kinds, list):
+            raise FormatError(f"{where}: layer_types is {kinds!r}, expected a list, one word for each layer")
         slides = any(kind != "full_attention" for kind in kinds)
     else:
-        layers, untouched = raw.get("num_hidden_layers", 0), raw.get("max_window_layers", 0)
-        slides = bool(raw.get("use_sliding_window")) and layers > (untouched or 0)
-    window = raw.get("sliding_window")
-    if slides and (window is None or window < raw.get("max_position_embeddings", 2048)):
+        layers, untouched = (_number(raw.get(k), 0, k, where) for k in ("num_hidden_layers", "max_window_layers"))
+        slides = bool(raw.get("use_sliding_window")) and layers > untouched
+    context = _number(raw.get("max_position_embeddings"), 2048, "max_position_embeddings", where)
+    if slides and _number(raw.get("sliding_window"), 0, "sliding_window", where) < context:
         raise FormatError(f"{where}: sliding-window attention is not one the engine runs; known: full attention")
 
 
 def _rope(raw: Mapping[str, Any], where: str, context: int) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{where}: rope_scaling is {found!r}, expected an object")
     kind = found.get("rope_type") or found.get("type") or "default"
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise FormatError(f"{where}: rope type {kind!r} is not one the engine runs; known: {', '.join(ROPE_TYPES)}")
     theta = found.get("rope_theta") or raw.get("rope_theta") or 10000.0
     numbers = {}
     for key, default in _ROPE_KEYS[kind].items():
-        value = found.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int | float):
-            raise FormatError(f"{where}: rope type {kind!r} needs {key}, found {value!r}")
-        numbers[key] = float(value)
+        if found.get(key) is None and default is None:
+            raise FormatError(f"{where}: rope type {kind!r} needs {key}, found None")
+        numbers[key] = _number(found.get(key), default or 0.0, key, where)
     factor = found.get("attention_factor")
     if kind == "yarn":
         if found.get("mscale") is not None or found.get("truncate") is False:
             raise FormatError(f"{where}: yarn with mscale or truncate=false is not one the engine runs")
         numbers["original_max_position_embeddings"] = numbers["original_max_position_embeddings"] or float(context)
-    return Rope(kind, float(theta), tuple(sorted(numbers.items())), None if factor is None else float(factor))
+    attention = None if factor is None else _number(factor, 1.0, "attention_factor", where)
+    return Rope(kind, _number(theta, 10000.0, "rope_theta", where), tuple(sorted(numbers.items())), attention)

@@ -324,69 +324,6 @@ def test_wrong_questions(tmp_path: Path) -> None:
         found.read_rows("c.scale", 0, 1)
 
 
-# -- mutations ------------------------------------------------------------------------------------------------------
-
-TOKENS = [
-    b'"dtype"', b'"F32"', b"[", b"]", b"{", b"}", b":", b",", b"0", b"-1", b"1e9", b"9" * 40, b"null", b"true", b'"w"',
-    b'"\\ud800"', b"\x00", b"\xff", b"NaN", b'"data_offsets"', b"[" * 3000, b'"../x"', b"..", b"/",
-]  # fmt: skip
-
-
-def mutate(data: bytes, rng: random.Random, head: int) -> bytes:
-    """One to three small changes, most of them in the first `head` bytes, where the meaning is."""
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(min(head, len(data)) if rng.random() < 0.9 else len(data)) if data else 0
-        kind = rng.randrange(6)
-        if kind == 0 and data:
-            data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
-        elif kind == 1:
-            data = data[:at] + rng.choice(TOKENS) + data[at:]
-        elif kind == 2:
-            data = data[:at] + data[at + rng.randint(1, 12) :]
-        elif kind == 3:
-            data = data[:at]
-        elif kind == 4:
-            data = data[:at] + data[at : at + 30] + data[at:]
-        else:  # a digit becomes another one: lies about sizes and offsets
-            digits = [i for i, c in enumerate(data[:head]) if 48 <= c < 58]
-            if digits:
-                i = rng.choice(digits)
-                data = data[:i] + bytes([rng.randrange(48, 58)]) + data[i + 1 :]
-    return data
-
-
-def fuzz(folder: Path, count: int, seed: int) -> tuple[int, int]:
-    """Mutate shards, index and config; open and read everything. Returns how many were refused and accepted."""
-    checkpoint(folder)
-    good = {path: path.read_bytes() for path in folder.iterdir()}
-    rng = random.Random(seed)
-    refused = 0
-    for _ in range(count):
-        path = rng.choice(sorted(good))
-        path.write_bytes(mutate(good[path], rng, 700))
-        try:
-            found = Checkpoint.open(folder)
-            for name in found.names:
-                assert found.read(name).shape == found.info(name).shape
-                assert sum(len(piece) for piece in found.raw(name)) == found.info(name).nbytes
-        except FormatError as error:
-            refused += 1
-            assert "\n" not in str(error) and str(folder) in str(error)
-        path.write_bytes(good[path])
-    return refused, count - refused
-
-
-def test_mutations(tmp_path: Path) -> None:
-    refused, accepted = fuzz(tmp_path / "m", 300, seed=1)
-    assert refused > 200 and accepted > 0
-
-
-@pytest.mark.full
-def test_many_mutations(tmp_path: Path) -> None:
-    refused, accepted = fuzz(tmp_path / "m", 10_000, seed=2)
-    assert refused > 7_000 and accepted > 0
-
-
 def test_header_survives_its_own_printing(tmp_path: Path) -> None:
     for seed in range(5):
         rng = random.Random(seed)
