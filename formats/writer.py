@@ -339,6 +339,10 @@ class Writer:
 def _plain(name: str) -> bool:
     """A relative file name, folders allowed, that cannot lead out of the folder."""
     path = PurePosixPath(name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     return inside and "\0" not in name and str(path) == name
 

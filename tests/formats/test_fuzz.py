@@ -165,7 +165,7 @@ def test_stated_shape_is_not_believed(stated: torch.Tensor) -> None:
         ct.read(parts, QuantSpec.parse("w4a16"))
 
 
-@pytest.mark.parametrize("name", [".", "./a", "a/../b", "/a", "..", "a//b", "", "a\0"])
+@pytest.mark.parametrize("name", [".", "./a", "a/../b", "/a", "..", "a//b", "", "a\0", "\ud800"])
 def test_marker_that_names_more_than_its_folder(tmp_path: Path, name: str) -> None:
     """`<folder>.tmp` stands beside the folder."""
     folder, beside = tmp_path / "out", tmp_path / "out.tmp"
