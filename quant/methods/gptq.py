@@ -144,8 +144,9 @@ def gptq(
 
     bound fp32 [N, K/group]: the largest |w| that a group's scale has to cover; None = all. prepared: of the same stats,
     damp and order. FormatError for NaN or Inf in weight or gram, a group that does not divide K.
-    Facts: signal, noise (records.py); loss = mean squared error of an output on the calibration text; damp; dead;
-    fallbacks, in words. Rows stand alone but for roundoff in the matmuls.
+    Facts: signal, noise (records.py); loss fp64 [N], the mean square of each output's error on the calibration text,
+    so that its sum is tr(dW gram dW^T) / tokens; damp; dead; fallbacks, in words.
+    Rows stand alone but for roundoff in the matmuls.
     """
     if scales not in SCALES:
         raise ValueError(f"gptq: scales is {scales!r}, expected one of {', '.join(SCALES)}")
@@ -164,17 +165,17 @@ def gptq(
         live = weight.masked_fill(factor.dead, 0.0) if facts["dead"] else weight
         scale, zero = _scales(live, spec, scale_dtype, bound, scales, factor)
         codes, cost = _round(live, scale, zero, spec, factor, max(1, block))
-        facts["loss"] = cost * factor.mean / factor.tokens / max(shape[0], 1)
+        facts["loss"] = cost * (factor.mean / factor.tokens)
         tensor = QuantTensor(codes, scale, zero, spec, "plain", shape)
     return Rounded(tensor, facts | signal_and_noise(weight, tensor.data, tensor.scale, tensor.zero, spec))
 
 
-def loss_of(weight: torch.Tensor, tensor: QuantTensor, stats: Stats) -> float:
-    """tr(dW gram dW^T) / (tokens * N): the mean squared error of an output on the calibration text."""
+def loss_of(weight: torch.Tensor, tensor: QuantTensor, stats: Stats) -> torch.Tensor:
+    """Mean square of each output's error on the calibration text, fp64 [N]; zeros without a text."""
     if stats.tokens == 0:
-        return 0.0
+        return torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
     error = affine.dequantize(tensor).sub_(weight)
-    return float(torch.dot((error @ stats.gram).flatten(), error.flatten())) / stats.tokens / max(weight.shape[0], 1)
+    return (error @ stats.gram).mul_(error).sum(1, dtype=torch.float64) / stats.tokens
 
 
 def _scales(
@@ -237,8 +238,8 @@ def _round(
     spec: QuantSpec,
     factor: Factor,
     block: int,
-) -> tuple[torch.Tensor, float]:
-    """Codes int8 [N, K], and tr(dW H dW^T) with H = gram / mean.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [N, K], and the diagonal of dW H dW^T, fp64 [N], with H = gram / mean.
 
     `error` starts as the weight and becomes w - value from its last row up, so it is all that the loop reads and writes.
     """
@@ -252,7 +253,7 @@ def _round(
     zeros = None if zero is None else zero.T.to(torch.float32).contiguous()
     groups = (order // size).tolist()
     rounded = torch.empty(min(block, columns), rows, device=weight.device)
-    loss = 0.0
+    loss = torch.zeros(rows, dtype=torch.float64, device=weight.device)
     for stop in range(columns, 0, -block):
         start = max(0, stop - block)
         part = error[start:stop]
@@ -261,11 +262,9 @@ def _round(
         _columns(part, pull, square, rounded, groups[start:stop], steps, zeros, spec)
         codes.index_copy_(0, order[start:stop], rounded[: stop - start].to(torch.int8))
         pull += part
-        cost = torch.linalg.vector_norm(pull, dim=1, dtype=torch.float64).square_()
-        cost = cost * factor.variance[start:stop]
-        cost -= factor.damp * torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square_()
-        loss += float(cost.sum())
-    return codes.T.contiguous(), max(loss, 0.0)
+        loss += factor.variance[start:stop] @ pull.square_()
+        loss -= factor.damp * torch.linalg.vector_norm(part, dim=0).square_()
+    return codes.T.contiguous(), loss.clamp_(min=0.0)
 
 
 def _columns(
