@@ -346,7 +346,9 @@ def _calibration(report: Report) -> list[str]:
         return ["No calibration text was read.", ""]
     tokens = f"{said['windows_used']} windows of {said['window']} tokens" if "windows_used" in said else ""
     extra = f", seed {said['seed']}" if "seed" in said else ""
-    lines = [f"Calibration text: `{said.get('source')}`, sha256 {str(said.get('sha256'))[:16]}, {tokens}{extra}."]
+    source = str(said.get("source"))
+    name = source if source.startswith("hf:") else Path(source).name  # where it lay is nobody's business
+    lines = [f"Calibration text: `{name}`, sha256 {str(said.get('sha256'))[:16]}, {tokens}{extra}."]
     starved = [x for x in report.layers if x.starved]
     if starved:
         count, of = sum(x.starved for x in starved), sum(len(x.tokens) for x in report.layers)

@@ -113,6 +113,21 @@ def test_swapped_experts_are_loud(pair: Callable[..., tuple[Path, Path]]) -> Non
     assert report.status == "red" and len(report.flags) == 2 and all("experts" in f for f in report.flags)
 
 
+def test_methods_that_spend_weight_error_for_output_error_have_another_limit(
+    pair: Callable[..., tuple[Path, Path]],
+) -> None:
+    src, dst = pair("w4a16-g128", "llama")
+    edit(dst, lambda t: t[f"{UP}.weight_scale"].mul_(1.4))  # about 8 dB
+    said = Report.load(dst / "report.json")
+    assert len(verify(dst, src).flags) == 1
+    methods = {"rtn": 1, "gptq": 0, "awq+gptq": 0}
+    for method, flags in methods.items():
+        named = tuple(dataclasses.replace(m, method=method) for m in said.modules)
+        assert len(verify(dst, src, said=dataclasses.replace(said, modules=named)).flags) == flags
+    edit(dst, lambda t: t[f"{UP}.weight_scale"].mul_(1.4))  # about 0 dB
+    assert len(verify(dst, src, said=dataclasses.replace(said, modules=named)).flags) == 1
+
+
 def test_whole_experts_swapped_are_loud_without_a_text(pair: Callable[..., tuple[Path, Path]]) -> None:
     src, dst = pair("w8a8", "qwen3_moe")
 
