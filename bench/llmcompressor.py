@@ -14,8 +14,8 @@ What theirs does, read in its source and left at its defaults:
               activations are not simulated while calibrating
     SmoothQuant   alpha .5 (their examples: .8) of max - min per channel against twice the largest weight; norms only
     AWQ       20 ratios, error of the parent module's output, no clip, v -> o skipped under GQA. It pins memory, which
-              torch refuses on a machine without a card, so there it ends with an error. Rows "awq without pinning" leave
-              that one call out, which changes no number, so that there is something to compare with
+              torch refuses on a machine without a card, so there it ends with an error. `--unpinned` adds rows that leave
+              that one call out, which changes no number: about ten minutes a cell on two cores
 
 Every cell (side, method, spec, seed) is a file in DIR/cells: a run that was stopped goes on, a failed cell is a row with
 its error and is tried again. Cells of ours are done anew when percard's own source has changed. `--throughput` times GPTQ
@@ -61,14 +61,20 @@ class Way:
 
 _RTN: tuple[str, dict[str, Any]] = ("QuantizationModifier", {})
 _GPTQ: tuple[str, dict[str, Any]] = ("GPTQModifier", {})
-_MSE = ("GPTQModifier", {"observer": "memoryless_mse"})
+
+
+def _observed(name: str, observer: str) -> tuple[str, dict[str, Any]]:
+    return name, {"observer": observer}
+
+
 THEIRS = {
     way.name: way
     for way in (
         Way("rtn", (_RTN,), calibrated=False),
-        Way("rtn, mse observer", (("QuantizationModifier", {"observer": "memoryless_mse"}),), calibrated=False),
+        Way("rtn, mse observer", (_observed("QuantizationModifier", "memoryless_mse"),), calibrated=False),
         Way("gptq", (_GPTQ,)),
-        Way("gptq, mse observer", (_MSE,)),
+        Way("gptq, mse observer", (_observed("GPTQModifier", "memoryless_mse"),)),
+        Way("gptq, imatrix observer", (_observed("GPTQModifier", "imatrix_mse"),)),
         Way("smoothquant .5 + rtn", (("SmoothQuantModifier", {"smoothing_strength": 0.5}), _RTN)),
         Way("smoothquant .8 + rtn", (("SmoothQuantModifier", {"smoothing_strength": 0.8}), _RTN)),
         Way("smoothquant .5 + gptq", (("SmoothQuantModifier", {"smoothing_strength": 0.5}), _GPTQ)),
@@ -89,12 +95,14 @@ OURS = {
         Way("awq + gptq", ("awq", "gptq")),
     )
 }
-# Method of a row, specs, ours, theirs.
+# Method of a row, specs, ours, theirs. Theirs with another observer than the default is there to be beaten by our best
+# recipe; a method is compared with the method as it is by itself.
 PAIRS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("RTN", SPECS, "rtn", "rtn"),
-    ("RTN", _GROUPED, "rtn", "rtn, mse observer"),
+    ("RTN, searched scales", _GROUPED, "rtn", "rtn, mse observer"),
     ("GPTQ", _GROUPED, "gptq", "gptq"),
-    ("GPTQ", _GROUPED, "gptq", "gptq, mse observer"),
+    ("GPTQ, searched scales", _GROUPED, "gptq", "gptq, mse observer"),
+    ("GPTQ, searched scales", _GROUPED, "gptq", "gptq, imatrix observer"),
     ("SmoothQuant", _W8A8, "smoothquant + rtn", "smoothquant .5 + rtn"),
     ("SmoothQuant", _W8A8, "smoothquant + rtn", "smoothquant .8 + rtn"),
     ("SmoothQuant", _W8A8, "smoothquant + gptq", "smoothquant .5 + gptq"),
@@ -117,6 +125,7 @@ class Plan:
     seq_len: int
     specs: tuple[str, ...]
     tokens: int | None = None
+    unpinned: bool = False
 
     def digest(self) -> str:
         """Of all that a finished cell depends on, but for our own source (see Cells)."""
@@ -254,9 +263,10 @@ def rows_of(plan: Plan, get: Callable[[str, Way, str, int], dict[str, Any]]) -> 
 
     rows = []
     for method, specs, our_way, their_way in PAIRS:
-        for spec in (s for s in specs if s in plan.specs):
+        limit = None if "searched" in method else LIMIT
+        for spec in (s for s in specs if s in plan.specs and (plan.unpinned or THEIRS[their_way].pin)):
             theirs, mine = mean("theirs", their_way, spec), mean("ours", our_way, spec)
-            rows.append({"method": method, "spec": spec, "ours": mine, "theirs": theirs} | verdict(mine, theirs, LIMIT))
+            rows.append({"method": method, "spec": spec, "ours": mine, "theirs": theirs} | verdict(mine, theirs, limit))
     for spec in (s for s in _GROUPED if s in plan.specs):
         best = {}
         for side in ("ours", "theirs"):
@@ -266,14 +276,14 @@ def rows_of(plan: Plan, get: Callable[[str, Way, str, int], dict[str, Any]]) -> 
     return rows
 
 
-def verdict(mine: dict[str, Any], theirs: dict[str, Any], limit: float) -> dict[str, Any]:
-    """{"ratio", "limit", "verdict"}: held, missed, or why there is none."""
+def verdict(mine: dict[str, Any], theirs: dict[str, Any], limit: float | None) -> dict[str, Any]:
+    """{"ratio", "limit", "verdict"}: held, missed, or why there is none. limit None: nothing is promised."""
     if "error" in mine:
         return {"limit": limit, "verdict": "ours failed"}
     if "error" in theirs:
         return {"limit": limit, "verdict": "theirs does not run"}
     ratio = mine["kl"] / theirs["kl"]
-    return {"ratio": ratio, "limit": limit, "verdict": "held" if ratio <= limit else "missed"}
+    return {"ratio": ratio, "limit": limit, "verdict": "" if limit is None else "held" if ratio <= limit else "missed"}
 
 
 _COLUMNS = (
@@ -304,7 +314,11 @@ def table_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
             else:
                 spread = f"{side['kl_lo']:.6f} .. {side['kl_hi']:.6f}" if side["seeds"] > 1 else "data-free"
                 cells += [side["way"], f"{side['kl']:.6f}", spread]
-        cells += [f"{row['ratio']:.3f}" if "ratio" in row else "", f"{row['limit']:.2f}", row["verdict"]]
+        cells += [
+            f"{row['ratio']:.3f}" if "ratio" in row else "",
+            f"{row['limit']:.2f}" if row["limit"] else "",
+            row["verdict"],
+        ]
         for name, form in (("top1", "{:.2%}"), ("perplexity", "{:.3f}")):
             both = [form.format(side[name]) if name in side else "none" for side in (row["theirs"], row["ours"])]
             cells.append(" / ".join(both))
@@ -386,6 +400,9 @@ def main(
     record: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
     keep: Annotated[bool, typer.Option(help="Keep the checkpoints of new cells in DIR/work.")] = False,
     speed: Annotated[bool, typer.Option("--throughput", help="Time GPTQ on a layer of Qwen3-8B instead.")] = False,
+    unpinned: Annotated[
+        bool, typer.Option("--unpinned", help="Also their AWQ with its pinning of memory left out.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B with --throughput.")] = 2,
 ) -> None:
     """Quantises one model with llm-compressor and with percard and scores both with one tool."""
@@ -400,7 +417,7 @@ def main(
             path, page = out / "llmcompressor-throughput.json", None
         else:
             load_config(model)
-            plan = Plan(model, calibration, text, seeds, samples, seq_len, tuple(schemes.split(",")), tokens)
+            plan = Plan(model, calibration, text, seeds, samples, seq_len, tuple(schemes.split(",")), tokens, unpinned)
             found = compare(plan, out, console.log, keep=keep)
             path, page = out / "llmcompressor.json", markdown(found)
     except (Absent, FormatError, ValueError) as error:

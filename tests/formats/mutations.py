@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -183,16 +184,21 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(value)
 
 
+def _value(rng: random.Random) -> Any:
+    """One of VALUES, a copy of its own: it is changed later."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def mutate_tree(tree: Any, rng: random.Random) -> Any:
     """One to three values replaced, removed, doubled, renamed, swapped, wrapped or grown."""
     for _ in range(rng.randint(1, 3)):
         places = list(_places(tree))
         if not places:
-            return rng.choice(VALUES)
+            return _value(rng)
         holder, key = rng.choice(places)
         kind = rng.randrange(10)
         if kind < 5:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = _value(rng)
         elif kind == 5:
             del holder[key]
         elif kind == 6:
@@ -212,7 +218,7 @@ def mutate_tree(tree: Any, rng: random.Random) -> Any:
                 [holder[key] + 1, holder[key] - 1, holder[key] * 2**40, -holder[key], holder[key] // 2]
             )
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = _value(rng)
     return tree
 
 
