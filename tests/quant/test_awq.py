@@ -156,8 +156,9 @@ def test_gptq_gains_from_scales_that_were_made_for_it(spec: str) -> None:
     x, readers = inputs(), weights(192)
     stats, w = stats_of(x), readers["r0"]
 
-    def loss(found: Transform) -> float:
-        made = gptq(w * found.scale, stats.scaled(found.scale), its, scale_dtype=BF16, bound=found.bounds.get("r0"))
+    def loss(found: Transform, scales: str = "absmax") -> float:
+        bound = found.bounds.get("r0")
+        made = gptq(w * found.scale, stats.scaled(found.scale), its, scale_dtype=BF16, bound=bound, scales=scales)
         return gram_loss(affine.dequantize(made.tensor) / found.scale - w, x)
 
     plain = loss(Transform(torch.ones(256)))
@@ -165,6 +166,8 @@ def test_gptq_gains_from_scales_that_were_made_for_it(spec: str) -> None:
     both = loss(run(readers, x, its, loss="gptq"))
     assert scaled < 0.97 * plain
     assert both < scaled
+    searched = loss(Transform(torch.ones(256)), "weighted")
+    assert loss(run(readers, x, its, loss="gptq", clip=False), "weighted") < 0.99 * searched
 
 
 def test_what_a_channel_costs_gptq_is_what_remains_of_it() -> None:
@@ -230,7 +233,7 @@ def test_bounds_have_the_shape_of_scales_and_stay_within_the_weights(spec: str, 
         share = bound / full
         assert float(share.min()) >= 0.55 - 1e-5
         assert float(share.max()) <= 1 + 1e-6
-        made = gptq(w, stats_of(x).scaled(found.scale), its, scale_dtype=BF16, bound=bound).tensor
+        made = gptq(w, stats_of(x).scaled(found.scale), its, scale_dtype=BF16, bound=bound, scales="absmax").tensor
         if its.symmetric:
             most = bound * 2 / ((1 << its.weight_bits) - 1)
             torch.testing.assert_close(made.scale.float(), most, rtol=2**-7, atol=0)
