@@ -110,7 +110,7 @@ def test_another_recipe_is_refused_and_named_and_fresh_starts_over(
         stop_after(patch, 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             quantize.run(src, tmp_path / "out", recipe(src))
-    with pytest.raises(FileExistsError, match="differs from it in the recipe; .* --fresh"):
+    with pytest.raises(FileExistsError, match=r"differs from it in the recipe; .* --fresh"):
         quantize.run(src, tmp_path / "out", recipe(src, spec="w4a16-g32"))
     with pytest.raises(FileExistsError, match="differs from it in the calibration text"):
         quantize.run(src, tmp_path / "out", recipe(with_text(src, 5)))
