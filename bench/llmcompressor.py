@@ -130,12 +130,8 @@ class Plan:
     def digest(self) -> str:
         """Of all that a finished cell depends on, but for our own source (see Cells)."""
         found = hashlib.sha256(repr((PACKAGES, self.samples, self.seq_len, self.tokens)).encode())
-        for path in (
-            *sorted(self.model.glob("*.safetensors")),
-            self.model / "config.json",
-            self.calibration,
-            self.text,
-        ):
+        weights = sorted(self.model.glob("*.safetensors"))
+        for path in (*weights, self.model / "config.json", self.calibration, self.text):
             found.update(hashlib.sha256(path.read_bytes()).digest())
         return found.hexdigest()[:12]
 
@@ -163,6 +159,21 @@ def their_recipe(way: Way, spec: QuantSpec) -> list[list[Any]]:
         weights["observer"] = last.pop("observer")
     last |= {"scheme": scheme, "ignore": ["lm_head"]}
     return out
+
+
+def remembering(model: Model) -> Model:
+    """The same model, which runs each window once: every cell asks it for the same ones."""
+    run = model.hidden
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def hidden(ids: torch.Tensor) -> torch.Tensor:
+        key = tuple(ids.flatten().tolist())
+        if key not in known:
+            known[key] = run(ids)
+        return known[key]
+
+    object.__setattr__(model, "hidden", hidden)
+    return model
 
 
 class Cells:
@@ -210,9 +221,11 @@ class Cells:
                 cell |= {"seconds": answer["seconds"]}
                 cell["warnings"] = [w for w in answer["warnings"] if "inversion" in w or "round-to-nearest" in w]
             cell |= self.score(out, spec)
-        except (Absent, FormatError) as error:
-            cell["error"] = str(error)
-            self.say(f"    {error}")
+        except Exception as error:  # a row says it, and the other cells go on
+            cell["error"] = (
+                str(error) if isinstance(error, Absent | FormatError) else f"{type(error).__name__}: {error}"
+            )
+            self.say(f"    {cell['error']}")
         part = path.with_suffix(".part")
         part.write_text(json.dumps(cell, indent=1))
         part.replace(path)
@@ -224,7 +237,7 @@ class Cells:
     def score(self, folder: Path, spec: str) -> dict[str, Any]:
         """KL, top-1 and perplexity of a checkpoint; FormatError when it is not what was asked for."""
         if self.reference is None:
-            self.reference = load(self.plan.model, dtype=torch.float32, device="cpu")
+            self.reference = remembering(load(self.plan.model, dtype=torch.float32, device="cpu"))
         model = load(folder, dtype=torch.float32, device="cpu")
         if str(model.spec) != spec:
             raise FormatError(f"{folder}: holds {model.spec}, expected {spec}")
