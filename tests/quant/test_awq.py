@@ -239,6 +239,28 @@ def test_bounds_have_the_shape_of_scales_and_stay_within_the_weights(spec: str, 
             torch.testing.assert_close(made.scale.float(), most, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("loss", ["gram", "gptq"])
+def test_of_all_bounds_the_one_that_costs_least_is_taken(loss: str) -> None:
+    x, readers = inputs(), weights(24)
+    found = run(readers, x, loss=loss)
+    w = readers["r0"] * found.scale
+    each = module._each(stats_of(x), "gptq", 0.01) if loss == "gptq" else None
+    full = w.abs().view(24, 4, 64).amax(2)
+    costs = []
+    for shrink in module.SHRINK:
+        error = ((nearest(w, W4, full * shrink) - w) / found.scale).view(24, 4, 64)
+        if each is not None:
+            costs.append((error.square() * each.view(4, 64)).sum(2))
+        else:
+            outputs = torch.einsum("tgk,ngk->ngt", x.view(-1, 4, 64), error)
+            costs.append(outputs.square().sum(2))
+    least = torch.stack(costs).amin(0)
+    taken = ((found.bounds["r0"] / full - 1) / -0.05).round().long()
+    got = torch.stack(costs).gather(0, taken[None])[0]
+    torch.testing.assert_close(got, least, rtol=1e-3, atol=0)
+    assert len(taken.unique()) > 3
+
+
 def test_only_readers_that_may_be_clipped_get_bounds() -> None:
     x, readers = inputs(), weights(48, 48, 48)
     specs = {"r0": W4, "r1": W4, "r2": QuantSpec.parse("w4a8-g128")}
@@ -299,11 +321,15 @@ def test_no_reader_quantised_and_unknown_loss() -> None:
 def test_a_mixture_is_searched_on_rows_of_all_experts() -> None:
     experts = weights(*[24] * 32)
     group = LinearGroup(experts, dict.fromkeys(experts, W4), stats_of(inputs()))
-    (rows,) = channels.sampled_rows(group, 100).values()
-    assert 80 <= rows.shape[0] <= 112
+    (rows,) = channels.sampled_rows(group, 110).values()
+    assert 100 <= rows.shape[0] <= 111
     shown = [sum(bool((w == row).all(1).any()) for row in rows) for w in experts.values()]
     assert sum(shown) == rows.shape[0]
     assert max(shown) - min(shown) <= 1
+    places = {
+        int((w == row).all(1).nonzero()[0]) for w in experts.values() for row in rows if bool((w == row).all(1).any())
+    }
+    assert len(places) == 24  # not the same few rows of each expert
     few = run(experts, inputs(), rows=256)
     every = run(experts, inputs(), rows=1 << 20)
     assert few.facts["gain"] < 0.97
