@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from . import blocks
@@ -32,6 +33,7 @@ from .pair import EMBEDDING, Pair
 from .progress import Callback, Meter
 from .report import Gate, Layer
 from .spill import Spill, SpillWriter
+from .walk import Map
 
 IN_MEMORY = 1 << 30  # bytes of hidden states that stay in memory
 ERROR_TOKENS = 8192  # tokens over which the errors of single blocks are measured: they are means, and more cost time
@@ -158,15 +160,24 @@ def window_of(config: dict[str, Any]) -> int:
     return min(2048, value if isinstance(value, int) and value > 0 else 2048)
 
 
-def memory(pair: Pair, tokens: int) -> int:
-    """Bytes that `measure` takes at most over a text of `tokens` tokens: two blocks in fp32 and what is read for them,
-    the head (both, when they differ), logits, hidden states."""
-    largest = max(sum(4 * n * k for n, k in (x.shape for x in block)) for block in pair.found.blocks())
-    vocabulary, hidden = pair.source.info(EMBEDDING).shape
-    states = 2 * 4 * tokens * hidden
+def memory(source: Checkpoint, found: Map, tokens: int) -> int:
+    """Bytes that `measure` takes at most over a text of `tokens` tokens, beside Python and torch: two blocks in fp32 and
+    what is read for them, the heads of both, logits, hidden states that are not in files, what is at work in a block."""
+    largest = max(sum(4 * n * k for n, k in (x.shape for x in block)) for block in found.blocks())
+    weight = max(4 * x.shape[0] * x.shape[1] for block in found.blocks() for x in block)
+    widest = max(x.shape[0] for block in found.blocks() for x in block)
+    vocabulary, hidden = source.info(EMBEDDING).shape
     logits = 6 * 4 * _CHUNK * vocabulary + 4 * _HEAD_ROWS * hidden
-    head = 2 * pair.source.info(EMBEDDING).nbytes
-    return 2 * largest + largest // 4 + head + logits + min(2 * states, IN_MEMORY) + 24 * 4 * _BATCH * hidden
+    tables = 2 * source.info(EMBEDDING).nbytes
+    states = 2 * 4 * tokens * hidden
+    at_work = 4 * _BATCH * (8 * hidden + 4 * widest)
+    return 2 * largest + 3 * weight + tables + logits + at_work + (states if states <= IN_MEMORY else 0)
+
+
+def disk(source: Checkpoint, tokens: int) -> int:
+    """Bytes of files with hidden states that exist at one time: two of each chain, none where memory holds them."""
+    states = 2 * 4 * tokens * source.info(EMBEDDING).shape[1]
+    return 2 * states if states > IN_MEMORY else 0
 
 
 class _Sums:

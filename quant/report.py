@@ -105,7 +105,7 @@ class Promotion:
 @dataclass(frozen=True)
 class Report:
     """What happened. status is "red" with a failure (wrong bytes), a flag (a module below its SQNR, a text that is no
-    held-out one) or a last gate that is red, else "green".
+    held-out one) or a last gate that is red; "none" when the model was run and nothing judges its spec; else "green".
 
     bytes: source, output, quantised_before, quantised_after, copied. kept: module -> rule that left it alone.
     seconds: by phase. checks: what `verify` compared. versions: of what can change the bytes. fingerprints: sha256 of
@@ -142,8 +142,8 @@ class Report:
 
     @property
     def status(self) -> str:
-        missed = self.gate is not None and self.gate.gate == "red"
-        return "red" if self.failures or self.flags or missed else "green"
+        word = self.gate.gate if self.gate is not None else "green"
+        return "red" if self.failures or self.flags else word
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; keys in the order of the fields, `status` first."""

@@ -213,7 +213,12 @@ def test_a_quantised_head_is_scored_with_its_values(tiny: Tiny, tmp_path: Path) 
     assert gate is not None and "head w8a8" in gate.protocol
 
 
-def test_memory_says_more_than_two_blocks(tiny: Tiny, tmp_path: Path) -> None:
+def test_memory_and_disk_follow_the_text(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = made(tiny, tmp_path, "qwen3_moe", "w8a8")
     block = max(sum(4 * n * k for n, k in (x.shape for x in b)) for b in pair.found.blocks())
-    assert fidelity.memory(pair, 1000) > 2 * block + 2 * 4 * 1000 * 128
+    states = 2 * 4 * 1000 * 128
+    held = fidelity.memory(pair.source, pair.found, 1000)
+    assert held > 2 * block + states and fidelity.disk(pair.source, 1000) == 0
+    monkeypatch.setattr(fidelity, "IN_MEMORY", states - 1)
+    assert fidelity.memory(pair.source, pair.found, 1000) == held - states
+    assert fidelity.disk(pair.source, 1000) == 2 * states

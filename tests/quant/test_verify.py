@@ -359,6 +359,17 @@ def test_a_report_of_another_tool_is_not_read(trained: Path, tmp_path: Path) -> 
         verify(made, TRAINED, said=dataclasses.replace(Report.load(trained / "report.json"), recipe=recipe))
 
 
+def test_three_bits_are_never_green(tiny: Tiny, tmp_path: Path) -> None:
+    src = tiny("llama", max_position_embeddings=64)
+    (tmp_path / "held.jsonl").write_text(json.dumps({"ids": [i % 96 for i in range(100)]}))
+    quantised(src, tmp_path / "out", "w3a16-g64")
+    report = verify(tmp_path / "out", src, level="model", text=tmp_path / "held.jsonl")
+    assert report.gate is not None and report.gate.gate == "none" and report.status == "none"
+    assert report.gate.kl > 0 and report.gate.reasons == (
+        "3-bit weights have no gate: figures are printed, never green",
+    )
+
+
 def test_a_missed_gate_is_red(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fidelity.THRESHOLDS, 4, {"kl": 1e-4, "top1": 0.0, "perplexity": 1.0})
     report = verify(trained, TRAINED, level="model", text=TRAINED / "heldout.txt", tokens=300)
