@@ -170,7 +170,7 @@ def _row(
             "dtype": dtype,
             "baseline_dtype": str(sides["baseline"].dtype).removeprefix("torch."),
             "same_fusions": model.same_fusions,
-            "attention_body": "torch scaled_dot_product_attention",
+            "attention_body": model.attention(phase),
         },
         "clock": {
             "mode": "graph" if on_card and phase == "decode" else "wall",

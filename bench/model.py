@@ -399,7 +399,7 @@ def _record(
             "baseline_dtype": baseline,
             "baseline_probe": probes[BASELINE].words(phase),
             "same_fusions": model.same_fusions,
-            "attention_body": "torch scaled_dot_product_attention",
+            "attention_body": model.attention(phase),
         },
         clock=shared["clock"] | {"drift": bool(sample and sample.drift)},
         latency_us=latency,

@@ -15,11 +15,12 @@ import torch
 
 from ..formats.spec import QuantSpec
 from ..kernels.linear import linear
+from ..kernels.op import Tape
 from . import clock
 from .engine import rope
 from .engine.cache import Cache
 from .engine.config import Config
-from .engine.model import Model, block, causal, one_row_linear, step_into
+from .engine.model import Model, block, causal, one_row_linear, over_pages
 from .engine.weights import SyntheticSource, copied, one_block
 
 PHASES = ("prefill", "decode")
@@ -102,27 +103,36 @@ def _one(
     # The same number of copies for every dtype and spec, as a model has the same number of layers.
     copies = max(1, min(config.layers, _COLD // (2 * config.block_parameters())))
     layers = [weights] + [copied(weights) for _ in range(copies - 1)]
-    cos, sin = rope.tables(config.rope, config.head_dim, prompt + 1, dtype, device)
+    turns = rope.table(config.rope, config.head_dim, prompt + 1, device)
     x = torch.randn(batch, prompt, config.hidden, device=device).to(dtype)
-    cache = Cache.new(config, batch, prompt + 1, dtype, device, layers=1)
+    cache = Cache.new(config, batch, prompt + 1, dtype, device, layers=copies)
     cache.rewind(prompt)
+    cache.point()
 
     def prefill() -> None:
         matmul = functools.partial(linear, impl=impl)
-        block(x.clone(), None, weights, config, 0, cos[:prompt], sin[:prompt], causal, matmul, impl)
+        block(x.clone(), None, weights, config, 0, causal(config, turns[:prompt], dtype), matmul, impl)
 
-    def decode(matmul: Callable[..., torch.Tensor]) -> None:
-        token, add = x[:, -1:].clone(), None
-        by = functools.partial(matmul, impl=impl)
-        for layer in layers:
-            attend = step_into(cache, device)
-            token, add = block(token, add, layer, config, 0, cos[prompt:], sin[prompt:], attend, by, impl)
+    def decode(matmul: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        """A step as the engine makes it: noted on a CPU."""
+        tape = Tape() if device.type == "cpu" else None
+        attend, by = over_pages(config, turns, cache, impl=impl, tape=tape), functools.partial(matmul, impl=impl)
+
+        def step() -> None:
+            token, add = x[:, -1:].clone(), None
+            for i, layer in enumerate(layers):
+                token, add = block(token, add, layer, config, i, attend, by, impl, tape=tape)
+
+        if tape is None:
+            return step
+        step()
+        return tape.again
 
     found = {"prefill": _best(prefill, device, now)}
-    found["decode"] = _best(lambda: decode(linear), device, now) / copies
+    found["decode"] = _best(decode(linear), device, now) / copies
     mv = spec is None and batch == 1 and device.type == "cpu"
     if mv:
-        found["mv"] = _best(lambda: decode(one_row_linear), device, now) / copies
+        found["mv"] = _best(decode(one_row_linear), device, now) / copies
     if spec is None:
         # The head of a small model is a third of what a step reads. Its time does not depend on the numbers in it.
         head, last = torch.full((config.vocab, config.hidden), 0.01, device=device, dtype=dtype), x[:, -1:]

@@ -77,6 +77,75 @@ void search_scale(Address w, Address out, int64_t n, int64_t k, int64_t stride_w
     ops().search_scale({at<float>(w), at<void>(out), n, k, stride_wn, bits, group, symmetric != 0, scale_dtype, norm});
 }
 
+void kv_append(Address k, Address v, Address k_pages, Address v_pages, Address slots, Address q, Address q_out,
+               Address positions, Address cos_sin, Address q_weight, Address k_weight, int64_t tokens, int64_t heads,
+               int64_t kv_heads, int64_t size, int64_t page, int64_t stride_kt, int64_t stride_kth, int64_t stride_vt,
+               int64_t stride_vth, int64_t stride_qt, int64_t stride_qh, int64_t stride_kp, int64_t stride_kh,
+               int64_t stride_kr, int64_t stride_vp, int64_t stride_vh, int64_t stride_vr, int dtype, double eps) {
+    ops().kv_append({at<void>(k),
+                     at<void>(v),
+                     at<void>(k_pages),
+                     at<void>(v_pages),
+                     at<int64_t>(slots),
+                     at<void>(q),
+                     at<void>(q_out),
+                     at<int64_t>(positions),
+                     at<float>(cos_sin),
+                     at<void>(q_weight),
+                     at<void>(k_weight),
+                     tokens,
+                     heads,
+                     kv_heads,
+                     size,
+                     page,
+                     stride_kt,
+                     stride_kth,
+                     stride_vt,
+                     stride_vth,
+                     stride_qt,
+                     stride_qh,
+                     stride_kp,
+                     stride_kh,
+                     stride_kr,
+                     stride_vp,
+                     stride_vh,
+                     stride_vr,
+                     dtype,
+                     static_cast<float>(eps)});
+}
+
+void attention_decode(Address q, Address k_pages, Address v_pages, Address table, Address lengths, Address out,
+                      Address lse, int64_t batch, int64_t q_len, int64_t heads, int64_t kv_heads, int64_t size,
+                      int64_t page, int64_t max_kv_len, int64_t stride_qt, int64_t stride_qh, int64_t stride_kp,
+                      int64_t stride_kh, int64_t stride_kr, int64_t stride_vp, int64_t stride_vh, int64_t stride_vr,
+                      int64_t stride_tb, int dtype, double scale) {
+    ops().attention_decode({at<void>(q),
+                            at<void>(k_pages),
+                            at<void>(v_pages),
+                            at<int32_t>(table),
+                            at<int32_t>(lengths),
+                            at<void>(out),
+                            at<float>(lse),
+                            batch,
+                            q_len,
+                            heads,
+                            kv_heads,
+                            size,
+                            page,
+                            max_kv_len,
+                            stride_qt,
+                            stride_qh,
+                            stride_kp,
+                            stride_kh,
+                            stride_kr,
+                            stride_vp,
+                            stride_vh,
+                            stride_vr,
+                            stride_tb,
+                            dtype,
+                            static_cast<float>(scale)});
+}
+
 int isa_of(const std::string& name) {
     std::string known;
     for (int isa = 0; isa < kIsaCount; ++isa) {
@@ -125,6 +194,15 @@ NB_MODULE(_cpu, module) {
     module.def("moe_matmul", &percard::moe_matmul, "x"_a, "sx"_a, "w"_a, "scale"_a, "zero"_a, "ids"_a, "weights"_a,
                "y"_a, "tokens"_a, "topk"_a, "experts"_a, "n"_a, "k"_a, "group"_a, "stride_xm"_a, "stride_se"_a,
                "x_dtype"_a, "y_dtype"_a, "batch_invariant"_a, nogil());
+    module.def("kv_append", &percard::kv_append, "k"_a, "v"_a, "k_pages"_a, "v_pages"_a, "slots"_a, "q"_a, "q_out"_a,
+               "positions"_a, "cos_sin"_a, "q_weight"_a, "k_weight"_a, "tokens"_a, "heads"_a, "kv_heads"_a, "size"_a,
+               "page"_a, "stride_kt"_a, "stride_kth"_a, "stride_vt"_a, "stride_vth"_a, "stride_qt"_a, "stride_qh"_a,
+               "stride_kp"_a, "stride_kh"_a, "stride_kr"_a, "stride_vp"_a, "stride_vh"_a, "stride_vr"_a, "dtype"_a,
+               "eps"_a, nogil());
+    module.def("attention_decode", &percard::attention_decode, "q"_a, "k_pages"_a, "v_pages"_a, "table"_a, "lengths"_a,
+               "out"_a, "lse"_a, "batch"_a, "q_len"_a, "heads"_a, "kv_heads"_a, "size"_a, "page"_a, "max_kv_len"_a,
+               "stride_qt"_a, "stride_qh"_a, "stride_kp"_a, "stride_kh"_a, "stride_kr"_a, "stride_vp"_a, "stride_vh"_a,
+               "stride_vr"_a, "stride_tb"_a, "dtype"_a, "scale"_a, nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
                "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
     module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");

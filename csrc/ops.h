@@ -113,6 +113,41 @@ struct SearchScale {
     float norm;
 };
 
+// pages[slots[t]] = turn(norm(k[t])), v[t]; q_out[t] = turn(norm(q[t])). A negative slot is skipped.
+struct KvAppend {
+    const void* k;  // dtype [tokens, kv_heads, size], as v
+    const void* v;
+    void* k_pages;  // dtype [pages, kv_heads, page, size], as v_pages
+    void* v_pages;
+    const int64_t* slots;      // [tokens], page * page size + row
+    const void* q;             // dtype [tokens, heads, size] or null
+    void* q_out;               // the same, contiguous
+    const int64_t* positions;  // [tokens] or null: not turned
+    const float* cos_sin;      // [positions, size]: cosines, then sines; or null
+    const void* q_weight;      // dtype [size] or null: not normed
+    const void* k_weight;
+    int64_t tokens, heads, kv_heads, size, page;
+    int64_t stride_kt, stride_kth, stride_vt, stride_vth, stride_qt, stride_qh;  // of a token, of a head
+    int64_t stride_kp, stride_kh, stride_kr, stride_vp, stride_vh, stride_vr;    // of a page, of a head, of a row
+    int dtype;
+    float eps;
+};
+
+// out = softmax(scale * q k^T) v over the pages of each sequence; token i of q_len sees keys 0 .. length - q_len + i
+struct AttentionDecode {
+    const void* q;        // dtype [batch * q_len, heads, size]
+    const void* k_pages;  // dtype [pages, kv_heads, page, size], as v_pages
+    const void* v_pages;
+    const int32_t* table;    // [batch, >= max_kv_len / page], rows stride_tb apart
+    const int32_t* lengths;  // [batch], the fresh tokens included
+    void* out;               // dtype [batch * q_len, heads, size]
+    float* lse;              // [batch * q_len, heads] or null
+    int64_t batch, q_len, heads, kv_heads, size, page, max_kv_len;
+    int64_t stride_qt, stride_qh, stride_kp, stride_kh, stride_kr, stride_vp, stride_vh, stride_vr, stride_tb;
+    int dtype;
+    float scale;
+};
+
 // The bodies of one ISA.
 struct Ops {
     void (*quantize_rows)(const QuantizeRows&);
@@ -124,6 +159,8 @@ struct Ops {
     void (*search_scale)(const SearchScale&);
     void (*rmsnorm_quantize)(const RmsnormQuantize&);
     void (*silu_mul_quantize)(const SiluMulQuantize&);
+    void (*kv_append)(const KvAppend&);
+    void (*attention_decode)(const AttentionDecode&);
 };
 
 #define PERCARD_DECLARE(isa)                        \
@@ -137,6 +174,8 @@ struct Ops {
     void search_scale(const SearchScale&);          \
     void rmsnorm_quantize(const RmsnormQuantize&);  \
     void silu_mul_quantize(const SiluMulQuantize&); \
+    void kv_append(const KvAppend&);                \
+    void attention_decode(const AttentionDecode&);  \
     }
 PERCARD_DECLARE(scalar)
 PERCARD_DECLARE(avx2)

@@ -14,8 +14,8 @@ namespace PERCARD_ISA {
 // Q has the least relative error that a polynomial of degree 4 can have here, 3.1e-9. 2^n is multiplied in two halves,
 // since 2^128 is no fp32 number but e^88.7 is one.
 PERCARD_INLINE F32 exp(F32 x) {
-    const F32 magic = set_f32(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, half to even
-    x = min(max(x, set_f32(-104.0f)), set_f32(104.0f));
+    const F32 magic = set_f32(12582912.0f);              // 1.5 * 2^23: adding it rounds to a whole number, half to even
+    x = min(set_f32(104.0f), max(set_f32(-104.0f), x));  // in this order NaN stays NaN
     const F32 n = sub(add(mul(x, set_f32(1.44269504f)), magic), magic);
     const F32 r = sub(sub(x, mul(n, set_f32(0.693359375f))), mul(n, set_f32(-2.12194440e-4f)));
     F32 q = set_f32(0x1.6a23cep-10f);

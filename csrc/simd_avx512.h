@@ -54,6 +54,18 @@ PERCARD_INLINE F32 to_f32(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 PERCARD_INLINE I32 to_i32(F32 x) { return {_mm512_cvtps_epi32(x.v)}; }
 PERCARD_INLINE F32 as_f32(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
 PERCARD_INLINE I32 as_i32(F32 x) { return {_mm512_castps_si512(x.v)}; }
+PERCARD_INLINE float sum_of_lanes(F32 x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+PERCARD_INLINE float largest_of_lanes(F32 x) {
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 PERCARD_INLINE bool all_at_most(F32 x, float bound) {
     return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xffff;
 }

@@ -77,6 +77,17 @@ PERCARD_INLINE I32 as_i32(F32 a) {
     std::memcpy(out.v, a.v, 64);
     return out;
 }
+// Of 16 lanes, by halves: lane i and i + 8, then i + 4, i + 2, i + 1.
+PERCARD_INLINE float sum_of_lanes(F32 a) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    return a.v[0];
+}
+PERCARD_INLINE float largest_of_lanes(F32 a) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
+}
 PERCARD_INLINE bool all_at_most(F32 a, float bound) {  // false for NaN
     bool all = true;
     for (int i = 0; i < 16; ++i) all = all && a.v[i] <= bound;

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..formats.kvcache import KVPages
 from ..formats.layout import repack, repack_experts
 from ..formats.tensor import ExpertsTensor, QuantTensor
 from .op import Op, Run
@@ -33,13 +35,22 @@ def poisoned_memory() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
+def _twin(t: torch.Tensor) -> torch.Tensor:
+    """A copy with the strides of `t`."""
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(  # type: ignore[call-overload]
+        t.untyped_storage().clone(), t.storage_offset(), t.size(), t.stride()
+    )
+
+
 def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`args` with every weight packed as the body reads it."""
+    """`args` with every weight packed as the body reads it, and copies of what it writes in place."""
     packing = op.body(impl).packing
 
     def ready(a: Any) -> Any:
         if isinstance(a, ExpertsTensor):
             return repack_experts(a, op.contract.PACKINGS[impl][a.spec.weight_bits])
+        if isinstance(a, KVPages) and hasattr(op.contract, "written"):  # each body writes into pages of its own
+            return replace(a, k=_twin(a.k), v=_twin(a.v))
         return repack(a, packing) if packing and isinstance(a, QuantTensor) else a
 
     return tuple(ready(a) for a in args)
@@ -48,12 +59,15 @@ def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def answer(op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None) -> tuple[torch.Tensor, ...]:
     """What a body makes of the op's public arguments (weight in any packing), in poisoned memory; always a tuple.
 
-    `run(*flat)` stands in for the body: the same one under a Config of the caller's.
+    What the op writes in place (contract.written) comes after its outputs. `run(*flat)` stands in for the body: the same one under a Config of the caller's.
     """
     ready = packed(op, impl, args)
     with poisoned_memory():
         out = op(*ready, impl=impl) if run is None else run(*op.contract.unwrap(*ready))
-    return out if isinstance(out, tuple) else (out,)
+    out = out if isinstance(out, tuple) else (out,)
+    if hasattr(op.contract, "written"):
+        out = (*out, *op.contract.written(*op.contract.unwrap(*ready)))
+    return out
 
 
 def expectation(op: Op, args: tuple[Any, ...]) -> Expectation:

@@ -118,6 +118,8 @@ def key(launch: Any) -> tuple:
     for parameter, value in zip(launch.kernel.params, launch.args, strict=False):
         if isinstance(value, torch.Tensor):
             traits.append(value.dtype)
+        elif isinstance(value, tuple):
+            traits.append(tuple(1 if v == 1 else v % 16 == 0 for v in value))
         elif not parameter.do_not_specialize:
             traits.append(1 if value == 1 else value % 16 == 0)
     return launch.kernel.__name__, tuple(launch.options.items()), tuple(traits)
@@ -345,7 +347,7 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: spills {row['spilled_bytes']} bytes, expected none")
         if row["shared_bytes"] > ARCHS[arch].shared_bytes:
             found.append(f"{where}: takes {row['shared_bytes']} bytes of shared memory, has {ARCHS[arch].shared_bytes}")
-        if not row["config"].startswith("matmul"):
+        if not row["config"].startswith(("matmul", "attention")):
             continue
         expect = expected(row["op"], row["config"].split()[0])
         mma, operand, ceilings = (expect.of(f, arch, row["triton"]) for f in ("mma", "weight_operand", "ceilings"))

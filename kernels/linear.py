@@ -31,7 +31,7 @@ from .matmul_w4a16 import matmul_w4a16
 from .matmul_w8a8 import matmul_w8a8
 from .matmul_w8a16 import matmul_w8a16
 from .moe_matmul import moe_matmul
-from .op import Op, Unsupported
+from .op import Op, Tape, Unsupported
 from .quantize_rows import quantize_rows
 from .rows import Rows
 
@@ -70,22 +70,24 @@ def linear(
     *,
     impl: str | None = None,
     batch_invariant: bool = False,
+    tape: Tape | None = None,
 ) -> torch.Tensor:
     """x [..., K] times w [N, K], plus bias [N]: [..., N] in the type of x (bf16, fp16 or fp32).
 
     `w` is a tensor (torch's own matmul, which promises nothing about batches) or a QuantTensor that `prepare` packed.
     `impl` names a body ("reference" takes a plain weight). `batch_invariant`: the bits of a row of y do not depend on
-    the other rows of x, nor on their number. ValueError for sizes, types and devices that do not fit; Unsupported, with
-    every reason, when no body serves.
+    the other rows of x, nor on their number. `tape` notes the calls. ValueError for sizes, types and devices that do not
+    fit; Unsupported, with every reason, when no body serves.
     """
     if isinstance(w, torch.Tensor):
-        return nn.functional.linear(x, w, bias)
+        product = nn.functional.linear
+        return product(x, w, bias) if tape is None else tape.keep(product, x, w, bias)
     n, k = w.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected [..., {k}] for a weight [{n}, {k}]")
     rows = x if x.ndim == 2 else x.reshape(-1, k)
     ops = _ops_for(rows, w, impl, batch_invariant)
-    y = _along(ops, rows, w, bias, impl, batch_invariant)
+    y = _along(ops, rows, w, bias, impl, batch_invariant, tape)
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], n)
 
 
@@ -96,12 +98,13 @@ def _along(
     bias: torch.Tensor | None = None,
     impl: str | None = None,
     batch_invariant: bool = False,
+    tape: Tape | None = None,
 ) -> torch.Tensor:
     """One route: what each op gives is what the next one takes."""
     given: tuple[Any, ...] = (rows,)
     for op in ops[:-1]:
-        given = op(*given, impl=impl)
-    return ops[-1](*_arguments(ops[-1], given, w, bias, rows.dtype, batch_invariant), impl=impl)
+        given = op(*given, impl=impl, tape=tape)
+    return ops[-1](*_arguments(ops[-1], given, w, bias, rows.dtype, batch_invariant), impl=impl, tape=tape)
 
 
 def quantizes(
@@ -119,6 +122,7 @@ def linear_quantized(
     *,
     impl: str | None = None,
     batch_invariant: bool = False,
+    tape: Tape | None = None,
 ) -> torch.Tensor:
     """`linear` of rows that a producer made int8 already: (q [M, K], scale [M], row_sum [M]) -> [M, N] in `dtype`.
 
@@ -127,7 +131,7 @@ def linear_quantized(
     op = ops_of(w.spec)[-1]
     if op not in (matmul_w8a8, matmul_w4a8):
         raise Unsupported(f"linear: {w.spec} multiplies rows as they are, these are int8; call linear with the rows")
-    return op(*_arguments(op, rows, w, bias, dtype, batch_invariant), impl=impl)
+    return op(*_arguments(op, rows, w, bias, dtype, batch_invariant), impl=impl, tape=tape)
 
 
 def _ops_for(rows: torch.Tensor, w: QuantTensor, impl: str | None, batch_invariant: bool) -> tuple[Op, ...]:

@@ -61,7 +61,7 @@ class Body:
     `absent(device type)` says why this machine cannot run it on such a device; asked once, then remembered.
     `takes(*flat)` says what it does not serve; asked at every call, so it must be cheap and must not look at data.
     `load()` imports the body and returns its `run(*flat)`. `by_name_on`: device types where it is too slow to be
-    taken without having been asked for.
+    taken without having been asked for. `bind(*flat)`: outputs, and a bare call that fills them (for a Tape); None = by run.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Body:
     takes: Callable[..., Refusal]
     load: Callable[[], Run]
     by_name_on: tuple[str, ...] = ()
+    bind: Callable[..., tuple[Any, Callable[[], Any]]] | None = None
 
     def refuses(self, *flat: Any) -> Refusal:
         """None, or why this body does not serve these arguments, and what to do."""
@@ -79,6 +80,10 @@ class Body:
 def device_type(flat: Sequence[Any]) -> str:
     """Where a call happens: "cpu" or "cuda", by its first tensor."""
     return next(a.device.type for a in flat if isinstance(a, torch.Tensor))
+
+
+def _several(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +139,11 @@ def cpu_body(name: str, packing: str | None, contract: ModuleType, takes: Callab
 
         return run
 
-    return Body("cpu", packing, absent, takes, load)
+    def bind(*flat: Any) -> tuple[Any, Callable[[], Any]]:
+        out = contract.out_like(*flat)
+        return out, functools.partial(getattr(native(), name), *contract.native(out, *flat))
+
+    return Body("cpu", packing, absent, takes, load, bind=bind)
 
 
 def triton_body(module: str, packing: str | None, takes: Callable[..., Refusal]) -> Body:
@@ -158,6 +167,35 @@ def reference_body(run: Run, packing: str | None, takes: Callable[..., Refusal] 
     return Body("reference", packing, lambda where: None, takes, lambda: run, by_name_on=("cpu", "cuda"))
 
 
+class Tape:
+    """Calls that are made once and noted, to be made again on the same memory: what a CPU has in place of a CUDA graph.
+
+    While noting, an op checks its arguments, allocates its outputs and runs. `again()` repeats the bare calls, without checks
+    or allocations: who calls puts new numbers into the tensors that the noted calls read, and finds the results where they
+    lay the first time. All that is computed must be noted; views need not be.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], Any]] = []
+        self._held: list[Any] = []  # the calls hold addresses only
+
+    def note(self, call: Callable[[], Any], *held: Any) -> None:
+        """Makes a call that works in place, and notes it; `held` are the tensors that it touches."""
+        call()
+        self._calls.append(call)
+        self._held.append(held)
+
+    def keep(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """function(*args), whose result will lie where this one lies."""
+        out = function(*args)
+        self._calls.append(lambda: out.copy_(function(*args)))
+        return out
+
+    def again(self) -> None:
+        for call in self._calls:
+            call()
+
+
 class Op:
     """A named operation: `op(x, w, ...)`, `op.explain(x, w, ...)`, and `torch.ops.percard.<name>` for compilers."""
 
@@ -177,9 +215,16 @@ class Op:
         torch.library.register_fake(f"percard::{qualified}", self.contract.out_like, lib=_LIBRARY)
         return getattr(getattr(torch.ops.percard, self.name), overload[1:] or "default")
 
-    def __call__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> Any:
-        """Checks, takes the first body that does not refuse (or the one named by `impl`), runs it."""
+    def __call__(self, *args: Any, impl: str | None = None, tape: Tape | None = None, **kwargs: Any) -> Any:
+        """Checks, takes the first body that does not refuse (or the one named by `impl`), runs it, notes it on a tape."""
         flat = self.contract.unwrap(*args, **kwargs)
+        if tape is not None:
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            if any(rows_contiguous(a) is not a for a in given):
+                raise ValueError(
+                    f"{self.name}: a tensor has strides that are copied, a tape would not see the next ones"
+                )
+            return self._note(tape, impl, *flat)
         if impl is None:
             first = flat[0]
             # torch's dispatcher costs as much as all else here. Only tracing and autograd need to see the op.
@@ -263,6 +308,24 @@ class Op:
         self.contract.check(*flat)
         self.pick(*flat, impl=body.name)
         return self.contract.out_like(*flat) if flat[0].shape[0] == 0 else self.run_of(body)(*flat)
+
+    def _note(self, tape: Tape, impl: str | None, *flat: Any) -> Any:
+        """One call on a tape."""
+        self.contract.check(*flat)
+        body = self.pick(*flat, impl=impl)
+        if body.bind is not None:
+            out, call = body.bind(*flat)
+        else:
+            run = self.run_of(body)
+            out = run(*flat)
+
+            def call() -> None:
+                fresh = run(*flat)
+                for kept, new in zip(_several(out), _several(fresh), strict=True):
+                    kept.copy_(new)
+
+        tape.note(call, out, flat)
+        return out
 
     def _settle(self, where: str) -> tuple[tuple[Callable[..., Refusal], Run], ...]:
         """The bodies that a device type has without asking, loaded, in their order; remembered."""

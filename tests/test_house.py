@@ -37,6 +37,8 @@ FULL_OPS = (
     "matmul_w8a16",
     "matmul_w4a8",
     "moe_matmul",
+    "kv_append",
+    "attention_decode",
 )
 OFFLINE_OPS = ("search_scale",)  # no Triton body
 EVERY_OP_HAS = ("__init__.py", "contract.py", "reference.py", "cases.py", "README.md", "cpu.cpp")

@@ -75,6 +75,6 @@ def load(
         origin = RealSource(checkpoint, dtype, where, spec)
         spec = origin.main_spec
     held = weights.build(config, origin, dtype=dtype, device=where, impl=impl, progress=progress)
-    cos, sin = rope.tables(config.rope, config.head_dim, min(max_len, config.context), dtype, where)
-    model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), seed if synthetic else None, cos, sin)
+    turns = rope.table(config.rope, config.head_dim, min(max_len, config.context), where)
+    model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), seed if synthetic else None, turns)
     return replace(model, batch_invariant=batch_invariant).with_head(head)

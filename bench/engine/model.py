@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 from ...formats.spec import QuantSpec
 from ...formats.tensor import QuantTensor
+from ...kernels.attention_decode import attention_decode
+from ...kernels.kv_append import kv_append
 from ...kernels.linear import linear, linear_quantized, ops_of, quantizes
 from ...kernels.moe_matmul import moe_matmul
-from ...kernels.op import native_isa
+from ...kernels.op import Tape, native_isa
 from ...kernels.quantize_rows import quantize_rows
 from ...kernels.rmsnorm_quantize import rmsnorm_quantize
 from ...kernels.silu_mul_quantize import silu_mul_quantize
@@ -26,13 +28,13 @@ from . import experts
 from . import weights as weights_module
 from .cache import Cache
 from .config import Config
-from .rope import rotate
+from .rope import rotate, spread
 from .sampling import Sampler
 from .weights import Block, Weight, Weights
 
 HEADS = ("16bit", "int8-row")
-# (q [B,T,H,D], k [B,T,kv_heads,D], v, layer) -> [B,T,H*D]
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# (what the qkv product gave [B, T, (H + 2 kv_heads) D], the block, its number) -> [B, T, H D]
+Attend = Callable[[torch.Tensor, Block, int], torch.Tensor]
 
 # (x [..., K], weight [N, K], bias [N] or None) -> [..., N]
 Matmul = Callable[..., torch.Tensor]
@@ -45,6 +47,7 @@ def one_row_linear(
     *,
     impl: str | None = None,
     batch_invariant: bool = False,
+    tape: Tape | None = None,
 ) -> torch.Tensor:
     """`linear`, but a single row times a 16-bit or fp32 weight is torch.mv.
 
@@ -52,9 +55,23 @@ def one_row_linear(
     finds out, so that the 16-bit side of a decode gets whichever is faster there.
     """
     if isinstance(w, QuantTensor) or x.numel() != x.shape[-1]:
-        return linear(x, w, bias, impl=impl, batch_invariant=batch_invariant)
-    y = torch.mv(w, x.reshape(-1))
-    return (y if bias is None else y + bias).view(*x.shape[:-1], w.shape[0])
+        return linear(x, w, bias, impl=impl, batch_invariant=batch_invariant, tape=tape)
+    row = x.view(-1)
+    y = _noted(tape, (lambda row: torch.mv(w, row)) if bias is None else (lambda row: torch.mv(w, row).add_(bias)), row)
+    return y.view(*x.shape[:-1], w.shape[0])
+
+
+def _noted(tape: Tape | None, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """function(*args), on the tape when there is one."""
+    return function(*args) if tape is None else tape.keep(function, *args)
+
+
+def _add(tape: Tape | None, x: torch.Tensor, more: torch.Tensor) -> None:
+    """x += more, on the tape when there is one."""
+    if tape is None:
+        x += more
+    else:
+        tape.note(functools.partial(x.add_, more))
 
 
 def block(
@@ -63,32 +80,30 @@ def block(
     b: Block,
     config: Config,
     layer: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
     attend: Attend,
     matmul: Matmul = linear,
     impl: str | None = None,
     batch_invariant: bool = False,
+    tape: Tape | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One decoder block: x + add [B, T, hidden] (`add` None: x) to the same kind of pair. x may change in place.
 
     The sum is left to the norm that comes next: where a weight takes int8 rows, norm, sum and quantisation are one op.
     """
-    batch, new, _ = x.shape
-    how: dict[str, Any] = {"impl": impl, "batch_invariant": batch_invariant}
-    qk_heads, eps = config.heads + config.kv_heads, config.norm_eps
+    how: dict[str, Any] = {"impl": impl, "batch_invariant": batch_invariant, "tape": tape}
+    eps = config.norm_eps
     x, qkv = _norm_matmul(x, add, b.input_norm, eps, b.qkv, b.qkv_bias, matmul, how)
-    qkv = qkv.view(batch, new, qk_heads + config.kv_heads, config.head_dim)
-    qk, v = qkv[:, :, :qk_heads], qkv[:, :, qk_heads:]
-    if b.qk_norm is not None:
-        qk = F.rms_norm(qk, (config.head_dim,), None, eps) * b.qk_norm
-    qk = rotate(qk, cos, sin)
-    mixed = attend(qk[:, :, : config.heads], qk[:, :, config.heads :], v, layer)
-    add = matmul(mixed, b.o, b.o_bias)
+    add = matmul(attend(qkv, b, layer), b.o, b.o_bias, tape=tape)
 
     if b.moe is not None:  # the router reads the normed rows as they are, so there is nothing to fuse
-        x += add
-        return x, experts.run(F.rms_norm(x, (config.hidden,), b.post_norm, eps), b.moe, matmul, **how)
+        _add(tape, x, add)
+        moe = b.moe
+
+        def mlp(x: torch.Tensor) -> torch.Tensor:
+            normed = F.rms_norm(x, (config.hidden,), b.post_norm, eps)
+            return experts.run(normed, moe, matmul, impl, batch_invariant)
+
+        return x, _noted(tape, mlp, x)
     x, gate_up = _norm_matmul(x, add, b.post_norm, eps, b.gate_up, b.gate_up_bias, matmul, how)
     return x, _swiglu_matmul(gate_up, b.down, b.down_bias, matmul, how)
 
@@ -104,74 +119,69 @@ def _norm_matmul(
     how: Mapping[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add, the normed sum times w), x [B, T, hidden]."""
-    rows = x.view(-1, x.shape[-1])
-    if isinstance(w, QuantTensor) and quantizes(rows, w, **how):
+    rows, tape = x.view(-1, x.shape[-1]), how["tape"]
+    if isinstance(w, QuantTensor) and quantizes(rows, w, impl=how["impl"], batch_invariant=how["batch_invariant"]):
         if add is None:
-            *made, _ = rmsnorm_quantize(rows, norm, eps, impl=how["impl"])
+            *made, _ = rmsnorm_quantize(rows, norm, eps, impl=how["impl"], tape=tape)
         else:
-            *made, rows = rmsnorm_quantize(add.view(-1, x.shape[-1]), norm, eps, rows, impl=how["impl"])
+            *made, rows = rmsnorm_quantize(add.view(-1, x.shape[-1]), norm, eps, rows, impl=how["impl"], tape=tape)
         y = linear_quantized(tuple(made), w, bias, x.dtype, **how)
         return rows.view(x.shape), y.view(*x.shape[:-1], -1)
     if add is not None:
-        x += add
-    return x, matmul(F.rms_norm(x, norm.shape, norm, eps), w, bias)
+        _add(tape, x, add)
+    return x, matmul(_noted(tape, F.rms_norm, x, norm.shape, norm, eps), w, bias, tape=tape)
 
 
 def _swiglu_matmul(
     gate_up: torch.Tensor, w: Weight | None, bias: torch.Tensor | None, matmul: Matmul, how: Mapping[str, Any]
 ) -> torch.Tensor:
     """silu(gate) * up times w, gate_up [B, T, 2 ffn] -> [B, T, hidden]."""
-    ffn = gate_up.shape[-1] // 2
+    ffn, tape = gate_up.shape[-1] // 2, how["tape"]
     rows = gate_up.view(-1, 2 * ffn)
-    if isinstance(w, QuantTensor) and quantizes(rows, w, **how):
-        y = linear_quantized(silu_mul_quantize(rows, impl=how["impl"]), w, bias, gate_up.dtype, **how)
-        return y.view(*gate_up.shape[:-1], -1)
-    return matmul(F.silu(gate_up[..., :ffn]).mul_(gate_up[..., ffn:]), w, bias)
+    if isinstance(w, QuantTensor) and quantizes(rows, w, impl=how["impl"], batch_invariant=how["batch_invariant"]):
+        made = silu_mul_quantize(rows, impl=how["impl"], tape=tape)
+        return linear_quantized(made, w, bias, gate_up.dtype, **how).view(*gate_up.shape[:-1], -1)
+    mixed = _noted(tape, lambda x: F.silu(x[..., :ffn]).mul_(x[..., ffn:]), gate_up)
+    return matmul(mixed, w, bias, tape=tape)
 
 
-def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
-    """Attention of T tokens to themselves and those before, [B, T, H, D] -> [B, T, H*D]. Padding must be on the right."""
-    grouped = q.shape[2] != k.shape[2]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
-    )
-    return out.transpose(1, 2).flatten(2)
+def causal(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, cache: Cache | None = None) -> Attend:
+    """Attention of T tokens to themselves and those before, from position 0 on; padding must be on the right.
 
+    By torch's own steps, as long rows have them. `cache`, an empty one, is left with the keys and values.
+    """
+    cos, sin = spread(cos_sin, dtype)  # [T, 1, D]
+    slots = None if cache is None else cache.prompt_slots(cos_sin.shape[0])
 
-def prefill_into(cache: Cache) -> Attend:
-    """Attention of whole prompts that leaves their keys and values in an empty cache."""
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
-        new = k.shape[1]
-        cache.keys[layer, :, :, :new] = k.transpose(1, 2)
-        cache.values[layer, :, :, :new] = v.transpose(1, 2)
-        return causal(q, k, v)
+    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
+        heads, qk_heads = config.heads, config.heads + config.kv_heads
+        rows = qkv.view(*qkv.shape[:2], qk_heads + config.kv_heads, config.head_dim)
+        qk, v = rows[:, :, :qk_heads], rows[:, :, qk_heads:]
+        if b.qk_norm is not None:
+            qk = F.rms_norm(qk, (config.head_dim,), None, config.norm_eps) * b.qk_norm
+        qk = rotate(qk, cos, sin)
+        q, k = qk[:, :, :heads], qk[:, :, heads:]
+        if cache is not None and slots is not None:
+            kv_append(k.flatten(0, 1), v.flatten(0, 1), cache.pages[layer], slots)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != config.kv_heads)
+        return out.transpose(1, 2).flatten(2)
 
     return attend
 
 
-def step_into(cache: Cache, device: torch.device) -> Attend:
-    """One new token per sequence at its own position. Equal lengths need no mask and no scatter."""
-    length, batch = max(cache.lengths), cache.batch
-    equal = length == min(cache.lengths)
-    if not equal:
-        at = torch.tensor(cache.lengths, device=device)
-        heads = cache.keys.shape[2]
-        slots = (at[:, None] + torch.arange(batch * heads, device=device).view(batch, heads) * cache.room).view(-1)
-        mask = (torch.arange(length + 1, device=device) <= at[:, None])[:, None, None]  # [B, 1, 1, S]
+def over_pages(config: Config, cos_sin: torch.Tensor, cache: Cache, **how: Any) -> Attend:
+    """Attention of one new token per sequence, which joins the cache where `cache.point` says; `how` goes to the ops."""
+    parts = (config.heads, config.kv_heads, config.kv_heads)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
-        for pages, new in ((cache.keys[layer], k), (cache.values[layer], v)):
-            if equal:
-                pages[:, :, length] = new[:, 0]
-            else:
-                pages.view(-1, pages.shape[-1]).index_copy_(0, slots, new.reshape(-1, pages.shape[-1]))
-        keys = cache.keys[layer, :, :, : length + 1]  # [B, kv_heads, S, D]
-        values = cache.values[layer, :, :, : length + 1]
-        # The query heads of one key head stand as its rows: one pass over the cache serves the whole group.
-        rows = q.reshape(batch, keys.shape[1], -1, q.shape[-1])
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=None if equal else mask)
-        return out.reshape(batch, 1, -1)
+    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
+        q, k, v = qkv.view(cache.batch, sum(parts), config.head_dim).split(parts, 1)
+        norms = {} if b.qk_norm is None else {"q_weight": b.qk_norm[0], "k_weight": b.qk_norm[config.heads]}
+        turn: dict[str, Any] = {"positions": cache.positions, "cos_sin": cos_sin, "eps": config.norm_eps, **norms}
+        pages = cache.pages[layer]
+        q = kv_append(k, v, pages, cache.slots, q=q, **turn, **how)
+        out, _ = attention_decode(q, pages, cache.table, cache.ends, max_kv_len=cache.room, **how)
+        return out.view(*qkv.shape[:2], -1)
 
     return attend
 
@@ -181,8 +191,8 @@ class Model:
     """A decoder that is ready to run. Build it with `bench.engine.load`.
 
     `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
-    `seed` is what synthetic weights were drawn with, None = they are real; `cos` and `sin` are rope tables
-    [max_len, 1, D]; `mv` sends single rows through torch.mv (`one_row_linear`); `batch_invariant` is what every quantised
+    `seed` is what synthetic weights were drawn with, None = they are real; `cos_sin` is the table of rotations, fp32
+    [max_len, D]; `mv` sends single rows through torch.mv (`one_row_linear`); `batch_invariant` is what every quantised
     product is asked for.
     """
 
@@ -195,8 +205,7 @@ class Model:
     impl: str | None
     source: str
     seed: int | None
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos_sin: torch.Tensor
     mv: bool = False
     batch_invariant: bool = False
 
@@ -211,8 +220,7 @@ class Model:
         """The same weights computing in another dtype: quantised ones are shared, the others cast."""
         if dtype == self.dtype:
             return self
-        held = weights_module.cast(self.weights, dtype)
-        return replace(self, weights=held, dtype=dtype, cos=self.cos.to(dtype), sin=self.sin.to(dtype))
+        return replace(self, weights=weights_module.cast(self.weights, dtype), dtype=dtype)
 
     @property
     def synthetic(self) -> bool:
@@ -263,6 +271,13 @@ class Model:
             return "torch" + (" mv" if self.mv else "") + (", dequantised" if self.spec else "")
         return " + ".join(f"{op.name}.{op.body_on(self.device.type, self.impl).name}" for op in ops)
 
+    def attention(self, phase: str) -> str:
+        """What attends in a phase: our ops over pages in a decode, torch's over whole prompts."""
+        if phase != "decode":
+            return "torch scaled_dot_product_attention"
+        ops = (kv_append, attention_decode)
+        return " + ".join(f"{op.name}.{op.body_on(self.device.type, self.impl).name}" for op in ops)
+
     @property
     def same_fusions(self) -> bool:
         """False when this side fuses what the 16-bit side does in several steps: sums, norms and SiLU with quantisation."""
@@ -275,8 +290,8 @@ class Model:
 
     @property
     def max_len(self) -> int:
-        """Longest sequence that the rope tables cover."""
-        return self.cos.shape[0]
+        """Longest sequence that the table of rotations covers."""
+        return self.cos_sin.shape[0]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -298,7 +313,7 @@ class Model:
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Normed last hidden state [B, T, hidden] of ids int64 [B, T], without a cache."""
-        return self._run(ids, 0, causal)
+        return self._run(ids, self._causal(ids))
 
     @torch.inference_mode()
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -329,7 +344,7 @@ class Model:
         if len(lengths) != batch or not all(1 <= n <= width for n in lengths):
             raise ValueError(f"lengths {lengths} do not fit {batch} prompts of at most {width} tokens, at least 1 each")
         cache.need(width)
-        hidden = self._run(ids, 0, prefill_into(cache))
+        hidden = self._run(ids, self._causal(ids, cache))
         cache.lengths = list(lengths)
         if min(lengths) == width:  # no index to bring to the device
             return self.head_logits(hidden[:, -1])
@@ -338,11 +353,32 @@ class Model:
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """One token int64 [B] per sequence -> fp32 logits [B, V] for the next; the cache grows by one."""
+        """One token int64 [B] per sequence -> fp32 logits [B, V] for the next; the cache grows by one.
+
+        On a CPU the first step over a cache is noted, and the next ones repeat its calls: a step is some 300 of them, and
+        checking and allocating for each takes as long as a fifth of its work. A card has CUDA graphs for that.
+        """
         cache.need(1)
-        hidden = self._run(tokens[:, None], cache.lengths, step_into(cache, self.device))
+        self._within(max(cache.lengths) + 1)
+        cache.point()
+        if self.device.type != "cpu":
+            logits = self._step(tokens.to(self.device), cache, None)
+        elif self in cache.steps:
+            tape, mine, logits = cache.steps[self]
+            mine.copy_(tokens)
+            tape.again()
+        else:
+            tape, mine = Tape(), tokens.clone()
+            logits = self._step(mine, cache, tape)
+            cache.steps[self] = tape, mine, logits
         cache.lengths = [length + 1 for length in cache.lengths]
-        return self.head_logits(hidden[:, 0])
+        return logits.to(torch.float32, copy=True)  # the next step writes over its own
+
+    def _step(self, tokens: torch.Tensor, cache: Cache, tape: Tape | None) -> torch.Tensor:
+        """Logits [B, V] in the model's type."""
+        how: dict[str, Any] = {"impl": self.impl, "tape": tape}
+        attend = over_pages(self.config, self.cos_sin, cache, **how)
+        return self.matmul(self._run(tokens[:, None], attend, tape)[:, 0], self.weights.head, tape=tape)
 
     def generate(
         self,
@@ -381,23 +417,20 @@ class Model:
             logits = self.step(tokens, cache)
         return answers
 
-    def _run(self, ids: torch.Tensor, position: int | list[int], attend: Attend) -> torch.Tensor:
-        """All blocks and the last norm over ids [B, T] that start at `position`, one for all or one per sequence."""
-        new = ids.shape[1]
-        if isinstance(position, list) and min(position) == max(position):
-            position = position[0]
-        last = (position if isinstance(position, int) else max(position)) + new
-        if last > self.max_len:
-            raise ValueError(f"{last} tokens are above this model's {self.max_len}; load it with max_len={last}")
-        if isinstance(position, int):
-            cos, sin = self.cos[position : position + new], self.sin[position : position + new]  # [T, 1, D]
-        else:
-            at = torch.tensor(position, device=self.device)
-            cos, sin = self.cos[at, None], self.sin[at, None]  # [B, 1, 1, D]
-        x = F.embedding(ids.to(self.device), self.weights.embedding)
-        add = None
+    def _within(self, length: int) -> None:
+        if length > self.max_len:
+            raise ValueError(f"{length} tokens are above this model's {self.max_len}; load it with max_len={length}")
+
+    def _causal(self, ids: torch.Tensor, cache: Cache | None = None) -> Attend:
+        self._within(ids.shape[1])
+        return causal(self.config, self.cos_sin[: ids.shape[1]], self.dtype, cache)
+
+    def _run(self, ids: torch.Tensor, attend: Attend, tape: Tape | None = None) -> torch.Tensor:
+        """All blocks and the last norm over ids [B, T]: [B, T, hidden]."""
+        how: dict[str, Any] = {"impl": self.impl, "batch_invariant": self.batch_invariant, "tape": tape}
+        x, add = _noted(tape, F.embedding, ids.to(self.device), self.weights.embedding), None
         for layer, weights in enumerate(self.weights.blocks):
-            how: dict[str, Any] = {"impl": self.impl, "batch_invariant": self.batch_invariant}
-            x, add = block(x, add, weights, self.config, layer, cos, sin, attend, self.matmul, **how)
-        x = x if add is None else x.add_(add)
-        return F.rms_norm(x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)
+            x, add = block(x, add, weights, self.config, layer, attend, self.matmul, **how)
+        if add is not None:
+            _add(tape, x, add)
+        return _noted(tape, F.rms_norm, x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)

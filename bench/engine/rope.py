@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of the known rope types, and tables of cos and sin.
+"""Rotary position embedding: frequencies of the known rope types, and the table of cos and sin.
 
 default  Su et al. 2021, https://arxiv.org/abs/2104.09864
 linear   position interpolation, Chen et al. 2023, https://arxiv.org/abs/2306.15595
@@ -48,20 +48,21 @@ def _blend(base: torch.Tensor, factor: float, keep: torch.Tensor) -> torch.Tenso
     return keep * base + (1 - keep) * base / factor
 
 
-def tables(
-    rope: Rope, head_dim: int, length: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin for positions 0 .. length-1, each [length, 1, head_dim] in `dtype`.
+def table(rope: Rope, head_dim: int, length: int, device: torch.device) -> torch.Tensor:
+    """cos and sin of positions 0 .. length-1, fp32 [length, head_dim]: head_dim/2 cosines, then as many sines."""
+    inverse, scale = frequencies(rope, head_dim)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse  # [length, head_dim/2]
+    return torch.cat((angles.cos() * scale, angles.sin() * scale), dim=1).to(device)
+
+
+def spread(cos_sin: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a table for whole heads: cos and signed sin, each [T, 1, head_dim] in `dtype`.
 
     The first half of sin carries the minus sign of rotate_half, so that a rotation is
     x * cos + roll(x, head_dim / 2) * sin: three calls instead of six.
     """
-    inverse, scale = frequencies(rope, head_dim)
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse  # [length, head_dim/2]
-    cos, sin = angles.cos() * scale, angles.sin() * scale
-    cos = torch.cat((cos, cos), dim=1)
-    sin = torch.cat((-sin, sin), dim=1)
-    return cos.to(device, dtype)[:, None], sin.to(device, dtype)[:, None]
+    cos, sin = cos_sin.chunk(2, dim=1)
+    return torch.cat((cos, cos), 1).to(dtype)[:, None], torch.cat((-sin, sin), 1).to(dtype)[:, None]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ OPS = (
 )  # search_scale has a suite of its own
 
 PRODUCERS = ("rmsnorm_quantize", "silu_mul_quantize")  # test_producers.py
+ATTENTION = ("kv_append", "attention_decode")  # test_attention.py
 
 
 os.environ.setdefault("PERCARD_TUNED", os.devnull)  # what a developer tuned must not decide what is tested
@@ -50,7 +51,7 @@ class Body(NamedTuple):
 def bodies() -> list[Body]:
     """Every body but the references; the C++ body once for each instruction set that this CPU has."""
     found = []
-    for name in OPS + PRODUCERS:
+    for name in OPS + PRODUCERS + ATTENTION:
         package = importlib.import_module(f"percard.kernels.{name}")
         the_op, cases = getattr(package, name), importlib.import_module(f"percard.kernels.{name}.cases")
         for body in the_op.bodies:

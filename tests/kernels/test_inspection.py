@@ -24,6 +24,8 @@ OPS = [
     "quantize_rows",
     "rmsnorm_quantize",
     "silu_mul_quantize",
+    "kv_append",
+    "attention_decode",
 ]
 FIELDS = [
     "op",

@@ -1,0 +1,138 @@
+"""What attention_decode is tested and timed at. m is fresh tokens of all sequences, k the numbers of a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...formats.kvcache import PAGE, KVPages, pages_of
+from ..inspection import Expect
+from ..shapes import Case, empty, generator
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# query heads, key heads, numbers of a head
+MODELS = {"qwen3-0.6b": (16, 8, 128), "qwen3-8b": (32, 8, 128), "qwen3-32b": (64, 8, 128)}
+DEPTHS = ((1, 512), (1, 8192), (1, 32768), (8, 8192), (64, 1024))
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """Sequences of `lengths` keys with `tokens` fresh ones each; `strided`: pages whose heads lie inside of rows."""
+
+    heads: int = 1
+    kv_heads: int = 1
+    page: int = PAGE
+    tokens: int = 1
+    lengths: tuple[int, ...] = (1,)
+    strided: bool = False
+    deterministic: bool = False
+
+    @property
+    def keys(self) -> int:
+        """max_kv_len of the call."""
+        return max(1, *self.lengths)
+
+
+def small(
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    size: int,
+    dtype: torch.dtype,
+    tokens: int = 1,
+    page: int = 16,
+    *flags: str,
+) -> AttentionCase:
+    """A small case; its name says all: `small.s1-130.n1.q4.kv2.d64.p16.fp16`."""
+    kind = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
+    sizes = "-".join(map(str, lengths))
+    name = ".".join([f"small.s{sizes}.n{tokens}.q{heads}.kv{kv_heads}.d{size}.p{page}.{kind}", *flags])
+    on = ("strided" in flags, "deterministic" in flags)
+    m, n = len(lengths) * tokens, heads * size
+    return AttentionCase(name, m, n, size, "", dtype, False, True, heads, kv_heads, page, tokens, lengths, *on)
+
+
+SMALL = (
+    small((1,), 1, 1, 16, FP32),
+    small((130, 1, 0, 200), 4, 2, 64, FP16),
+    small((64, 65), 8, 2, 128, BF16, 1, 64),
+    small((33, 7), 10, 2, 80, FP16, 7),
+    small((16, 300), 6, 1, 96, FP16, 16, 32),
+    small((700,), 8, 2, 64, FP16, 2, 16, "strided"),
+    small((257, 2), 7, 7, 128, FP32, 2, 128),
+    small((90,), 16, 1, 256, FP16, 1, 32),
+    small((1100, 3), 4, 1, 32, FP16, 1, 16, "deterministic"),
+    small((3, 0), 5, 1, 48, BF16, 4),  # fewer keys than fresh tokens: the first ones see nothing
+)
+REAL = tuple(
+    AttentionCase(
+        f"{model}.attention.b{b}.s{s}.n{n}",
+        b * n,
+        q * d,
+        d,
+        small=False,
+        heads=q,
+        kv_heads=kv,
+        tokens=n,
+        lengths=(s,) * b,
+    )
+    for model, (q, kv, d) in MODELS.items()
+    for b, s in DEPTHS
+    for n in (1, 4)
+)
+CASES = SMALL + REAL
+
+
+def inputs(case: AttentionCase, seed: int, device: str = "cpu") -> tuple[Any, ...]:
+    """The op's arguments for a case, random in `seed`: pages in random order, NaN wherever no key lies."""
+    random = generator(case, seed, device)
+    per, batch = pages_of(case.keys, case.page), len(case.lengths)
+    count = batch * per + 2
+    table = torch.randperm(count, generator=random, device=random.device)[: batch * per].view(batch, per).int()
+    shape = (2, count, case.page, case.kv_heads, case.k)
+    drawn = torch.randn(shape, generator=random, device=random.device).to(case.dtype)
+    live = torch.zeros(count, case.page, dtype=torch.bool, device=device)
+    for row, length in zip(table, case.lengths, strict=True):
+        at = torch.arange(length, device=device)
+        live[row[at // case.page].long(), at % case.page] = True
+    drawn[:, ~live] = float("nan")
+    k, v = drawn.transpose(2, 3)
+    pages = KVPages(k, v) if case.strided else KVPages(k.contiguous(), v.contiguous())
+    q = torch.randn(case.m, case.heads, case.k, generator=random, device=random.device).to(case.dtype)
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    return q, pages, table, lengths, case.keys, case.tokens, None, case.deterministic, True
+
+
+def blank(case: AttentionCase) -> tuple[Any, ...]:
+    """The flat arguments of a case without data, as the Triton body takes them."""
+    per, batch = pages_of(case.keys, case.page), len(case.lengths)
+    pages = [empty(batch * per, case.kv_heads, case.page, case.k, dtype=case.dtype) for _ in range(2)]
+    q, table = empty(case.m, case.heads, case.k, dtype=case.dtype), empty(batch, per, dtype=torch.int32)
+    sizes = (case.k**-0.5, case.tokens, case.keys, case.deterministic, False)
+    return q, *pages, table, empty(batch, dtype=torch.int32), *sizes, "bf16"
+
+
+def problems(expect: Expect) -> list[Case]:
+    """What inspection compiles of everything: models at every depth, then head sizes, pages, groups and many tokens."""
+    base = REAL[0]
+    more = [
+        replace(base, name=f"d{d}.p{p}.g{g}.n{n}", k=d, page=p, heads=8 * g, tokens=n, m=n, n=8 * g * d, lengths=(4096,))
+        for d, p, g, n in (
+            (64, 64, 4, 1), (80, 16, 5, 1), (96, 64, 4, 2), (256, 64, 2, 1), (256, 16, 8, 16), (128, 16, 7, 1),
+            (128, 32, 16, 7), (128, 128, 4, 16),
+        )
+    ]  # fmt: skip
+    found = [*REAL, *more]
+    return [replace(c, name=f"{c.name}.{d}", dtype=d) for c in found for d in expect.dtypes]
+
+
+EXPECT = Expect(
+    quick=tuple(c for c in REAL if c.name in ("qwen3-8b.attention.b1.s8192.n1", "qwen3-32b.attention.b8.s8192.n4")),
+    specs=("",),
+    dtypes=(BF16, FP16),
+    mma={"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA"},
+    weight_operand=dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), "registers + stores to shared memory"),
+    ceilings={arch: {16: (3.8,), 32: (5.0,), 64: (9.0,)} for arch in ("sm_80", "sm_89", "sm_90", "sm_100")},
+)
