@@ -71,8 +71,10 @@ def run(
         output.write(out.folder / report.REPORT_NAME, done.to_json())
         if recipe.card:
             name = report.SECOND_CARD_NAME if (source_path / report.CARD_NAME).exists() else report.CARD_NAME
-            commands = engines.commands(out_path, plan.found, plan.assignment)
-            output.write(out.folder / name, report.card(done, plan.base, commands))
+            now = {m.name: QuantSpec.parse(m.spec) for m in done.modules}  # promotion may have changed some
+            commands = engines.commands(out_path, plan.found, walk.Assignment(now, done.kept))
+            licence = report.Licence.of(source_path)
+            output.write(out.folder / name, report.card(done, plan.base, commands, licence))
         out.publish()
     return done
 
