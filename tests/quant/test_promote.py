@@ -260,3 +260,18 @@ def test_the_report_names_what_is_not_quantised_any_more() -> None:
     after = promote._renewed(done, {"a": None, "b": dataclasses.replace(module, name="b", spec="w8a16")}, ())
     assert [m.name for m in after.modules] == ["b"] and after.modules[0].spec == "w8a16"
     assert after.kept == {"a": "promoted to 16 bits after a red gate"}
+
+
+def test_quantize_promotes_by_itself_and_leaves_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text((TRAINED / "heldout.txt").read_text()[:2500])
+    monkeypatch.setitem(fidelity.THRESHOLDS, 4, {"kl": 0.008, "top1": 0.5, "perplexity": 1.0})
+    recipe = Recipe.from_flags(spec="w4a16-g128", options={"search": False}, verify="model", text=held)
+    recipe = dataclasses.replace(recipe, verify=dataclasses.replace(recipe.verify, max_extra=0.2))
+    done = quantize.run(TRAINED, tmp_path / "out", recipe)
+    assert done.gates[0].gate == "red" and done.status == "green" and done.promotions
+    assert Report.load(tmp_path / "out" / "report.json") == done
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+    assert verify(tmp_path / "out", TRAINED).status == "green"
+    card = (tmp_path / "out" / "percard-card.md").read_text()
+    assert "Given more bits after a red gate" in card and "# tiny-qwen3, w4a16-g128, w8a16-g128" in card
