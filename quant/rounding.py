@@ -79,10 +79,7 @@ def round_all(
     def work(start: int, stop: int) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, dict]]:
         pieces = parts[start]
         weights = [wanted[i].read()[a:b] for i, a, b in pieces]
-        bounds = [wanted[i].bound for i, _, _ in pieces]
-        bound = None
-        if any(b is not None for b in bounds):
-            bound = torch.cat([b[x:y] for b, (_, x, y) in zip(bounds, pieces, strict=True) if b is not None])
+        bound = _stacked([wanted[i].bound for i, _, _ in pieces], pieces, spec.groups(weights[0].shape[1]))
         names = ", ".join(dict.fromkeys(wanted[i].linear.name for i, _, _ in pieces))
         try:
             made = method.run(torch.cat(weights), stats, spec, bound=bound, **given)
@@ -109,6 +106,15 @@ def round_all(
             while following < len(wanted) and _complete(held.get(following, []), wanted[following]):
                 yield _joined(wanted[following].linear, held.pop(following), spec)
                 following += 1
+
+
+def _stacked(bounds: list[torch.Tensor | None], pieces: list[Piece], groups: int) -> torch.Tensor | None:
+    """The bounds of a job's rows; rows without one may be as large as they are. None = no row has one."""
+    if all(b is None for b in bounds):
+        return None
+    free = (torch.full((stop - start, groups), torch.inf) for _, start, stop in pieces)
+    rows = zip(bounds, free, pieces, strict=True)
+    return torch.cat([none if b is None else b[start:stop] for b, none, (_, start, stop) in rows])
 
 
 def _complete(pieces: list[Any], wanted: Wanted) -> bool:

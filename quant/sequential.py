@@ -351,10 +351,11 @@ class Sequential:
         return bounds
 
     def _options(self, step: Step) -> dict[str, Any]:
-        """The options of a transform; AWQ weighs errors as the rounding that follows does."""
-        options = dict(step.options)
+        """The options of a transform; AWQ weighs errors as the rounding that follows does, and leaves to it what it searches."""
+        options, rounding_ = dict(step.options), self.recipe.rounding
         if options.get("loss") == "auto":
-            options["loss"] = "gptq" if self.recipe.rounding.method == "gptq" else "gram"
+            options["loss"] = "gptq" if rounding_.method == "gptq" else "gram"
+            options["clip"] &= dict(rounding_.options).get("scales") != "weighted"
         return options
 
     def _touched(self, block: Block) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from . import awq as _awq
 from . import gptq as _gptq
+from . import hqq as _hqq
 from . import rotate as _rotate
 from . import rtn as _rtn
 from . import smoothquant as _smoothquant
@@ -17,6 +18,7 @@ from .records import Method, Option, Rounded
 
 METHODS: dict[str, Method] = {
     "rtn": Method("rtn", "rounding", _rtn.rtn, _rtn.OPTIONS, by_rows=True, calibrated=False, serves=_rtn.serves),
+    "hqq": Method("hqq", "rounding", _hqq.hqq, _hqq.OPTIONS, by_rows=True, calibrated=False, serves=_hqq.serves),
     "gptq": Method(
         "gptq",
         "rounding",

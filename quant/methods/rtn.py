@@ -32,17 +32,27 @@ def rtn(
     spec: QuantSpec,
     *,
     scale_dtype: torch.dtype,
+    bound: torch.Tensor | None = None,
     search: bool = True,
     norm: float = 2.0,
     body: str = "",
 ) -> Rounded:
     """Rounds weight fp32 [N, K]. FormatError for NaN, Inf, a group that does not divide K, a scale out of range.
 
-    `stats` is what calibrated methods read; RTN reads none. Facts: signal and noise, sums of squares in fp64.
+    `stats` is what calibrated methods read; RTN reads none. bound fp32 [N, groups]: the largest |w| that a scale has to
+    cover (AWQ's clip), so there is nothing left to search; None = all. Facts: signal and noise, sums of squares in fp64.
     """
     two_level = spec.act_bits == 8 and spec.group is not None
     scale = zero = None
-    if search and not two_level:
+    if bound is not None and not two_level:
+        _check_range(weight, spec, scale_dtype)
+        grouped, most = weight.reshape(*bound.shape, -1), bound.unsqueeze(2)
+        covered = torch.minimum(torch.maximum(grouped, -most), most).reshape(weight.shape)
+        scale, zero = affine.find_scales(covered, spec, scale_dtype)
+        free = torch.isinf(bound).all(dim=1)  # rows without a bound
+        if search and bool(free.any()):
+            scale[free] = search_scale(weight[free], spec, scale_dtype, norm, impl=body or None)
+    elif search and not two_level:
         _check_range(weight, spec, scale_dtype)
         zero = None if spec.symmetric else affine.find_scales(weight, spec, scale_dtype)[1]
         scale = search_scale(weight, spec, scale_dtype, norm, impl=body or None)
