@@ -195,11 +195,17 @@ def two_level(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     return best.to(torch.float32), (s / best).round_().to(torch.int32)
 
 
-def two_level_scales(w: torch.Tensor, spec: QuantSpec, scale_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def two_level_scales(
+    w: torch.Tensor,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    costs: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Two-level scales of `w` float [N, K] for a symmetric 4-bit group spec: [N, K/group] in `scale_dtype`.
 
     S = the largest scale of the row / 16, rounded up to 4 significant bits; m = the one of 1..16 with the least squared
-    error of its group. A group of zeros has m = 1, a row of zeros S = 1.
+    error of its group, each column's error times `costs` fp32 [K] if given. A group of zeros has m = 1, a row of zeros
+    S = 1.
     """
     groups = _check_weight(w, spec)
     if spec.weight_bits != 4 or not spec.symmetric:
@@ -219,7 +225,8 @@ def two_level_scales(w: torch.Tensor, spec: QuantSpec, scale_dtype: torch.dtype 
         m_best = torch.ones_like(free)
         for m in range(1, 17):
             s = (row * m).unsqueeze(2)
-            error = (x / s).clamp_(-8, 7).round_().mul_(s).sub_(x).square_().sum(dim=2)
+            squares = (x / s).clamp_(-8, 7).round_().mul_(s).sub_(x).square_()
+            error = (squares if costs is None else squares.mul_(costs.view(groups, -1))).sum(dim=2)
             better = error < best
             best = torch.where(better, error, best)
             m_best = torch.where(better, torch.full_like(m_best, m), m_best)

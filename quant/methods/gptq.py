@@ -191,15 +191,17 @@ def _scales(
     if bound is not None:
         grouped, bound = weight.reshape(*bound.shape, -1), bound.unsqueeze(2)
         covered = torch.minimum(torch.maximum(grouped, -bound), bound).reshape(weight.shape)
+    costs = None
+    if scales == "weighted":
+        costs = torch.empty_like(factor.variance)
+        costs[factor.order] = factor.variance  # column j adds D[j] |error|^2 to the loss, whatever follows
     if spec.act_bits == 8 and spec.group is not None:
-        return affine.two_level_scales(covered, spec, scale_dtype), None
+        return affine.two_level_scales(covered, spec, scale_dtype, costs), None
     scale, zero = affine.find_scales(covered, spec, scale_dtype)
-    if scales == "absmax" or spec.weight_bits == 8:  # with 256 steps nothing is won by cutting the largest weight
+    if scales == "absmax":
         return scale, zero
-    if scales == "mse":
+    if costs is None:
         return search_scale(covered, spec, scale_dtype), zero
-    costs = torch.empty_like(factor.variance)
-    costs[factor.order] = factor.variance  # column j adds D[j] |error|^2 to the loss, whatever follows
     for start in range(0, weight.shape[0], step := max(1, _CHUNK // max(1, weight.shape[1]))):
         part = slice(start, start + step)
         scale[part] = _shrink(weight[part], scale[part], None if zero is None else zero[part], spec, costs)
