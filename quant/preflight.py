@@ -19,7 +19,7 @@ from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.header import nbytes_of
 from ..formats.spec import FormatError, QuantSpec
-from . import engines, rounding, text, walk, workers
+from . import engines, fidelity, rounding, text, walk, workers
 from .methods import METHODS, rotate
 from .recipe import Recipe, RecipeError
 from .report import human
@@ -27,6 +27,7 @@ from .walk import Assignment, Linear, Map
 
 RESIDENT = 500_000_000  # bytes of Python and torch, loaded
 RESIDENT_CALIBRATED = 1_100_000_000  # and transformers, with a model of its own on meta
+HELD_OUT_TOKENS = 300_000  # of a text that is not read yet: the usual ones are no longer
 DISK_MARGIN = 50_000_000  # headers, report, and what file systems keep to themselves
 
 TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -186,6 +187,12 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     if windows is not None:
         disk += 2 * windows.ids.numel() * int(source.config["hidden_size"]) * dtype.itemsize
         memory = max(memory, _memory_calibrated(source, found, recipe, dtype))
+    if recipe.verify.level in ("blocks", "model"):
+        tokens = HELD_OUT_TOKENS
+        memory = max(memory, RESIDENT_CALIBRATED + fidelity.memory(source, found, tokens))
+        disk += fidelity.disk(source, tokens)
+        if recipe.verify.on_red == "promote":
+            disk += 2 * output  # the red checkpoint stays until a better one is checked
     free_disk, free_memory = _disk_free(Path(dst)) if dst is not None else None, _memory_free()
     rows = tuple(engines.rows(recipe.serve, found, assignment))
     refusals = engines.refusals(rows, recipe.serve.sm)

@@ -211,7 +211,7 @@ class Recipe:
         engine: str | None = None,
         sm: int | None = None,
         tp: int = 1,
-        verify: str = "weights",
+        verify: str | None = None,
         text: str | os.PathLike[str] | None = None,
         out: str | None = None,
         card: bool = True,
@@ -231,7 +231,9 @@ class Recipe:
             ignore=tuple(ignore),
             model=model,
             serve=_serve({"engine": engine, "sm": sm, "tp": tp}),
-            verify=_verify({"level": verify} | ({} if text is None else {"text": str(text)})),
+            verify=_verify(
+                {k: v for k, v in (("level", verify), ("text", text and str(text))) if v is not None},
+            ),
             out=out,
             card=card,
         )

@@ -94,8 +94,6 @@ def recipe(spec: str | None = None, *, file: str | Path | None = None, **flags: 
         raise RecipeError(
             "--spec is missing; say one, such as w4a16-g128 or w8a8 (there is no default), or --recipe FILE"
         )
-    if flags.get("text") is not None:
-        flags["verify"] = "model"
     return Recipe.from_flags(spec=spec, **flags)
 
 
