@@ -11,6 +11,7 @@ from percard.quant.methods import awq as module
 from percard.quant.methods import channels
 from percard.quant.methods.awq import awq, serves
 from percard.quant.methods.gptq import gptq
+from percard.quant.methods.gptq import prepare as gptq_prepare
 from percard.quant.methods.records import LinearGroup, Stats, Transform
 
 W4 = QuantSpec.parse("w4a16-g64")
@@ -174,7 +175,8 @@ def test_what_a_channel_costs_gptq_is_what_remains_of_it() -> None:
     x = inputs(64, 400)
     stats = stats_of(x)
     got = module._each(stats, "gptq", 0.01)
-    h = stats.gram.double() + 0.01 * stats.gram.diagonal().double().mean() * torch.eye(64)
+    factor = gptq_prepare(stats, damp=0.01)
+    h = stats.gram.double() + factor.damp * factor.mean * torch.eye(64)
     order = torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
     upper = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
     want = torch.empty(64, dtype=torch.float64)

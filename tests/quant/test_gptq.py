@@ -40,8 +40,13 @@ def run(w: torch.Tensor, stats: Stats, spec: str, **options: object) -> Rounded:
     return gptq(w, stats, its, scale_dtype=affine.scale_dtype_of(its, BF16), **options)
 
 
+def damped(damp: float, stats: Stats, columns: int | None = None) -> float:
+    """What a damp becomes with these tokens."""
+    return damp * (1 + 8 * (columns or stats.gram.shape[0]) / stats.tokens)
+
+
 def by_the_paper(
-    w: torch.Tensor, stats: Stats, spec: QuantSpec, damp: float = 0.01, order: str = "static"
+    w: torch.Tensor, stats: Stats, spec: QuantSpec, damp: float, order: str = "static"
 ) -> tuple[torch.Tensor, float]:
     """(codes int8, tr(dW H dW^T) / 2) of GPTQ with scales from the largest weights, all in float64."""
     dtype = affine.scale_dtype_of(spec, BF16)
@@ -77,7 +82,7 @@ def by_the_paper(
 @pytest.mark.parametrize("spec", SPECS)
 def test_codes_and_loss_are_those_of_the_paper(spec: str, order: str) -> None:
     w, stats = case()
-    codes, loss = by_the_paper(w, stats, QuantSpec.parse(spec), order=order)
+    codes, loss = by_the_paper(w, stats, QuantSpec.parse(spec), damped(0.01, stats), order)
     found = run(w, stats, spec, scales="absmax", order=order)
     assert (found.tensor.data == codes).float().mean() > 0.995
     assert float(found.facts["loss"].sum()) == pytest.approx(loss, rel=1e-3)
@@ -87,7 +92,7 @@ def test_codes_and_loss_are_those_of_the_paper(spec: str, order: str) -> None:
 @pytest.mark.parametrize("block", [1, 100, 128, 4096])
 def test_sizes_that_no_block_divides(spec: str, k: int, block: int) -> None:
     w, stats = case(n=16, k=k)
-    codes, loss = by_the_paper(w, stats, QuantSpec.parse(spec))
+    codes, loss = by_the_paper(w, stats, QuantSpec.parse(spec), damped(0.01, stats))
     found = run(w, stats, spec, scales="absmax", block=block)
     assert (found.tensor.data == codes).float().mean() > 0.995
     assert float(found.facts["loss"].sum()) == pytest.approx(loss, rel=1e-3)
@@ -157,7 +162,9 @@ def test_prepared_says_the_same_as_not_prepared() -> None:
         a = run(w, stats, "w4a16-g64", prepared=once, **options)
         b = run(w, stats, "w4a16-g64", **options)
         assert torch.equal(a.tensor.data, b.tensor.data) and torch.equal(a.facts["loss"], b.facts["loss"])
-        assert torch.equal(a.tensor.scale, b.tensor.scale) and a.facts["damp"] == options.get("damp", 0.01)
+        assert torch.equal(a.tensor.scale, b.tensor.scale) and a.facts["damp"] == damped(
+            options.get("damp", 0.01), stats
+        )
 
 
 def test_same_bits_on_every_run_and_inputs_stay_as_they_were() -> None:
@@ -208,7 +215,7 @@ def test_dead_columns_become_zero_and_are_counted(spec: str) -> None:
     dead = torch.tensor([3, 64, 65, 255])
     stats.gram[dead] = 0
     stats.gram[:, dead] = 0
-    codes, loss = by_the_paper(w, stats, QuantSpec.parse(spec))
+    codes, loss = by_the_paper(w, stats, QuantSpec.parse(spec), damped(0.01, stats, 252))
     found = run(w, stats, spec, scales="absmax")
     assert found.facts["dead"] == 4
     assert not affine.dequantize(found.tensor)[:, dead].any()
@@ -229,8 +236,29 @@ def test_one_token_is_enough_for_a_factor() -> None:
     w, x = torch.randn(8, 128, generator=random), torch.randn(1, 128, generator=random)
     found = run(w, stats_of(x), "w4a16-g64")
     nearest = affine.quantize(w, QuantSpec.parse("w4a16-g64"), BF16)
-    assert found.facts["fallbacks"] == [] and found.facts["damp"] == 0.01
-    assert found.facts["loss"].sum() < 0.01 * loss_of(w, nearest, stats_of(x)).sum()
+    assert found.facts["fallbacks"] == [] and found.facts["damp"] == 0.01 * (1 + 8 * 128)
+    assert found.facts["loss"].sum() < 0.5 * loss_of(w, nearest, stats_of(x)).sum()
+
+
+@pytest.mark.parametrize("tokens", [100, 256])
+def test_few_tokens_are_believed_less(tokens: int) -> None:
+    """The loss is of inputs not seen before; dividing damp by what it grows by gives the constant one."""
+    w, fresh = case(tokens=3000)
+    random = torch.Generator().manual_seed(9)
+    x = torch.linalg.cholesky(fresh.gram / fresh.tokens)
+    seen = stats_of(torch.randn(tokens, 256, generator=random) @ x.T)
+    grown = run(w, seen, "w4a16-g64")
+    constant = run(w, seen, "w4a16-g64", damp=0.01 / damped(1.0, seen))
+    assert constant.facts["damp"] == pytest.approx(0.01)
+    assert loss_of(w, grown.tensor, fresh).sum() < 0.95 * loss_of(w, constant.tensor, fresh).sum()
+
+
+def test_one_massive_channel_does_not_damp_the_others_away() -> None:
+    stats = case()[1]
+    x = torch.cat([stats.sample, stats.sample])
+    x[:, 17] *= 1000
+    quiet, loud = prepare(stats), prepare(stats_of(x))
+    assert loud.mean / len(x) < 3 * quiet.mean / stats.tokens
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
@@ -251,7 +279,8 @@ def test_a_gram_without_factor_takes_three_more_damps_then_nearest(damp: float) 
     gram = torch.full((256, 256), 100.0)
     gram.diagonal().fill_(1.0)  # not positive at any of the damps
     found = run(w, Stats(gram, stats.absmax, stats.absmean, stats.sample, stats.tokens), "w4a16-g64", damp=damp)
-    tried = [damp, *((max(damp, 0.001) * 10.0**i) for i in (1, 2, 3))]
+    first = damped(damp, stats)
+    tried = [first, *((max(first, 0.001) * 10.0**i) for i in (1, 2, 3))]
     assert [f"damp {d:g}:" in why for d, why in zip(tried, found.facts["fallbacks"], strict=True)] == [True] * 4
     assert found.facts["fallbacks"][-1].endswith("rounded to nearest")
     nearest = rtn(w, None, QuantSpec.parse("w4a16-g64"), scale_dtype=BF16).tensor
@@ -259,12 +288,15 @@ def test_a_gram_without_factor_takes_three_more_damps_then_nearest(damp: float) 
 
 
 def test_a_damp_that_helps_is_named() -> None:
-    w, stats = case()
+    w = case()[0]
+    stats = stats_of(torch.randn(200, 256, generator=torch.Generator().manual_seed(1)))  # fewer tokens than columns
     gram = stats.gram.clone()
-    gram.diagonal().sub_(0.05 * gram.diagonal().mean())  # least eigenvalue below -0.01 of the mean
+    gram.diagonal().sub_(0.2 * gram.diagonal().mean())  # least eigenvalue below what damp 0.01 adds
     broken = Stats(gram, stats.absmax, stats.absmean, stats.sample, stats.tokens)
     found = run(w, broken, "w4a16-g64")
-    assert found.facts["damp"] == 0.1 and found.facts["fallbacks"] == ["no Cholesky factor at damp 0.01: damp x 10"]
+    first = damped(0.01, broken)
+    assert found.facts["damp"] == pytest.approx(10 * first)
+    assert found.facts["fallbacks"] == [f"no Cholesky factor at damp {first:g}: damp x 10"]
     singular = stats_of(torch.randn(3, 256))
     assert run(w, singular, "w4a16-g64", damp=0.0).facts["damp"] > 0.0
 
