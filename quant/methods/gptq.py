@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): columns are rounded one after another, and the rest makes good for the error of each.
 
     H = 2 / tokens * sum x x^T + damp * (1 + 8 K / tokens) * mean(diag H) * I
-    loss = tr(dW H dW^T)                                          dW = W - decoded; dead columns: H[i, i] = mean, W[:, i] = 0
+    loss = tr(dW H dW^T)            dW = W - decoded; a dead column, one that no token reached: H[i, i] = mean, W[:, i] = 0
 
 The paper takes U = cholesky(inverse(H), upper) and adds err * U[i, i:] to what is not rounded yet. The same sums come
 without any inverse (LDLQ, arXiv 2307.13304, which proves the two equal). Let F be the columns in the reverse of the
@@ -59,8 +59,8 @@ class Factor:
 
     order int64 [K]: the column that stands at each place; places are rounded from the last to the first. upper fp32
     [K, K] unit upper triangular and variance fp32 [K]: (H / mean + damp I)[order][:, order] = upper^T diag(variance)
-    upper; None when no damp helped. mean: of diag(gram), live columns, outliers cut. damp: what was added, fallbacks and
-    few tokens included. dead bool [K]: no token ever reached them.
+    upper; None when no damp helped. mean: of diag(gram), live columns, outliers cut. damp: what was added, fallbacks
+    and few tokens included. dead bool [K]: no token ever reached them.
     """
 
     order: torch.Tensor
@@ -253,7 +253,7 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [N, K], and the diagonal of dW H dW^T, fp64 [N], with H = gram / mean.
 
-    `error` starts as the weight and becomes w - value from its last row up, so it is all that the loop reads and writes.
+    `error` starts as the weight and becomes w - value from its last row up: all that the loop reads and writes.
     """
     upper, order = factor.upper, factor.order
     assert upper is not None

@@ -9,8 +9,8 @@ auxiliary e and fits the rest by least squares, in turns, for each group of weig
     beta = kappa * beta
 
 The paper fits z instead, z = mean(q - (w / s - e)), and leaves it real. Files hold whole zeros, and that fit moves a
-zero by less than half a step: rounded, it is where it was (less than one in 1000 of 37,632 groups moved). So the scale is
-fitted, and an asymmetric group tries the zeros beside its own as well, each with turns of its own; a third of them move.
+zero by less than half a step: rounded, it is where it was (less than one in 1000 of 37,632 groups moved). So the scale
+is fitted, and an asymmetric group tries the zeros beside its own as well, each with turns of its own; a third move.
 Errors are measured in steps of s, so that a weight and twice that weight get the same codes (the paper's code takes
 weights as they are, and what beta = 10 means then depends on how large they happen to be).
 
@@ -110,7 +110,7 @@ def hqq(
 
 
 class _Groups:
-    """The groups of some rows, and the best scale and zero seen of each: fp32 [R, groups], values as they are stored."""
+    """The groups of some rows, and the best scale and zero of each so far: fp32 [R, groups], values as stored."""
 
     def __init__(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec, turns: _Turns
