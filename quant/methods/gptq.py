@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): columns are rounded one after another, and the rest makes good for the error of each.
 
     H = 2 / tokens * sum x x^T + damp * (1 + 8 K / tokens) * mean(diag H) * I
-    loss = tr(dW H dW^T)          dW = W - decoded; a dead column, one that no token reached: H[i, i] = mean, W[:, i] = 0
+    loss = tr(dW H dW^T)          dW = W - decoded; a dead column (no token reached it): H[i, i] = mean, W[:, i] = 0
 
 The paper takes U = cholesky(inverse(H), upper) and adds err * U[i, i:] to what is not rounded yet. The same sums come
 without any inverse (LDLQ, arXiv 2307.13304, which proves the two equal). Let F be the columns in the reverse of the
