@@ -30,6 +30,7 @@ _WORDS = {
     "device": "the device",
     "threads": "the number of threads",
     "dtype": "the dtype of the arithmetic",
+    "package": "the version of the package that the method calls",
 }
 
 

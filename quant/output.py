@@ -50,13 +50,13 @@ class Output:
     """Context manager: `.folder` is where to write, `publish()` gives it its name; leaving without that removes it.
 
     With `.keep` set, an error of the machine (a full disk, an interrupt) leaves it for the next run; an error of the input
-    does not. `fresh` removes what an earlier run left before the work starts.
+    does not, unless `.written` says that all of it was done by then. `fresh` removes what an earlier run left before the work starts.
     """
 
     def __init__(self, dst: Path, force: bool = False, fresh: bool = False) -> None:
         self.dst = dst.parent.resolve() / dst.name if dst.name not in ("", "..") else dst.resolve()
         self._force, self._fresh = force, fresh
-        self.keep = False
+        self.keep = self.written = False
         self.folder = self.dst.with_name(f".{self.dst.name}.percard-unfinished")
         self.work = self.folder / WORK
         self._old = self.dst.with_name(f".{self.dst.name}.percard-old")
@@ -118,7 +118,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = self.keep and isinstance(error, (OSError, MemoryError, KeyboardInterrupt, SystemExit))
+        machine = isinstance(error, (OSError, MemoryError, KeyboardInterrupt, SystemExit))
+        kept = self.keep and (machine or (self.written and isinstance(error, ValueError)))
         if not self._published and not kept:
             if self._lock is not None:
                 with contextlib.suppress(OSError):
@@ -135,6 +136,12 @@ class Output:
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def unfinished(dst: Path, journal: str) -> int:
+    """How many lines the journal of an unfinished run to `dst` has; 0 = there is none."""
+    path = dst.with_name(f".{dst.name}.percard-unfinished") / WORK / journal
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
 def discard(path: Path) -> None:

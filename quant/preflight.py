@@ -19,8 +19,8 @@ from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.header import nbytes_of
 from ..formats.spec import FormatError, QuantSpec
-from . import engines, fidelity, rounding, text, walk, workers
-from .methods import METHODS, rotate
+from . import delegate, engines, fidelity, rounding, text, walk, workers
+from .methods import METHODS, autoround, rotate
 from .recipe import Recipe, RecipeError
 from .report import human
 from .walk import Assignment, Linear, Map
@@ -185,8 +185,13 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     by_rows = METHODS[recipe.rounding.method].by_rows
     disk, memory = output + sides + DISK_MARGIN, _memory(found, assignment, plan, by_rows)
     if windows is not None:
-        disk += 2 * windows.ids.numel() * int(source.config["hidden_size"]) * dtype.itemsize
-        memory = max(memory, _memory_calibrated(source, found, recipe, dtype))
+        if METHODS[recipe.rounding.method].whole:
+            dtype = torch.float32
+            more = delegate.needs(source, found, assignment, recipe, windows)
+            memory, disk = max(memory, RESIDENT_CALIBRATED + more[0]), disk + more[1]
+        else:
+            disk += 2 * windows.ids.numel() * int(source.config["hidden_size"]) * dtype.itemsize
+            memory = max(memory, _memory_calibrated(source, found, recipe, dtype))
     if recipe.verify.level in ("blocks", "model"):
         tokens = HELD_OUT_TOKENS
         memory = max(memory, RESIDENT_CALIBRATED + fidelity.memory(source, found, tokens))
@@ -196,6 +201,8 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
     free_disk, free_memory = _disk_free(Path(dst)) if dst is not None else None, _memory_free()
     rows = tuple(engines.rows(recipe.serve, found, assignment))
     refusals = engines.refusals(rows, recipe.serve.sm)
+    if METHODS[recipe.rounding.method].whole and (reason := autoround.missing()) is not None:
+        refusals.append(reason)
     if recipe.serve.tp > 1:
         refusals += engines.splits(source.config, found, assignment, recipe.serve.tp)
     if free_disk is not None and disk > free_disk:
@@ -203,7 +210,8 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
             f"{dst}: needs {human(disk)} of disk, {human(free_disk)} are free; free some or choose another --out"
         )
     if free_memory is not None and memory > free_memory:
-        refusals.append(f"needs {human(memory)} of memory, {human(free_memory)} are free; close other programs")
+        remedy = ", or take --method gptq, one block at a time" if METHODS[recipe.rounding.method].whole else ""
+        refusals.append(f"needs {human(memory)} of memory, {human(free_memory)} are free; close other programs{remedy}")
     return Preflight(
         src=source.path,
         recipe=recipe,
@@ -353,6 +361,8 @@ def _disk_free(dst: Path) -> int:
 
 def _warnings(source: Checkpoint, found: Map, assignment: Assignment, recipe: Recipe) -> list[str]:
     notes = [f"{p.name} is left out: files of this kind are never opened" for p in source.skipped]
+    if METHODS[recipe.rounding.method].whole:
+        notes.append(f"{recipe.rounding.method} holds the whole model in memory at once, in fp32; nothing streams")
     head = assignment.specs.get("lm_head")
     if head is not None:
         notes.append(f"lm_head becomes {head}: few engines load a quantised head; most keep it at 16 bits")

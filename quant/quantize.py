@@ -14,7 +14,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ..formats.checkpoint import TensorInfo, Writer
 from ..formats.spec import FormatError, QuantSpec
 from . import engines, fidelity, heldout, output, preflight, promote, report, verify, walk
 from .journal import NAME, Journal, machine, source_mark
-from .methods import METHODS
+from .methods import METHODS, autoround
 from .output import Output
 from .progress import Callback, Meter
 from .recipe import Recipe, Step
@@ -33,6 +33,10 @@ from .transforms import FILE as TRANSFORMS
 from .transforms import Transforms
 from .walk import Linear
 from .workers import Workers
+
+if TYPE_CHECKING:
+    from .calibrated import Blocks
+    from .delegate import Delegate
 
 UNIT = 512 << 20  # bytes of the source that a unit of copies and data-free rounding takes
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -59,15 +63,17 @@ def run(
     plan = preflight.check(source_path, recipe, out_path)
     if plan.refusals:
         raise preflight.Refused(plan)
+    text = _held_out(plan)  # before hours of work, not after
     with Output(out_path, force, fresh) as out:
         out.keep = (out.work / NAME).exists()  # finished units of an earlier run
         journal = Journal(out.work / NAME, _fingerprint(plan))
         meter = Meter("quantize", plan.bytes_source, progress)
         modules, layers = _write(plan, out, journal, meter)
+        out.written = True
         done = _report(plan, out_path, modules, {"quantize": meter.seconds}, journal.fingerprint)
         done = dataclasses.replace(done, layers=tuple(layers))
         if recipe.verify.level != "none":
-            done = _verified(done, plan, out, progress)
+            done = _verified(done, plan, out, text, progress)
         output.write(out.folder / report.REPORT_NAME, done.to_json())
         if recipe.card:
             name = report.SECOND_CARD_NAME if (source_path / report.CARD_NAME).exists() else report.CARD_NAME
@@ -93,6 +99,8 @@ def _fingerprint(plan: preflight.Preflight) -> dict[str, Any]:
         assert plan.windows is not None
         mark |= {"calibration": plan.windows.sha256, "transformers": transformers.__version__}
         mark |= {"dtype": str(plan.dtype).removeprefix("torch.")}
+        if METHODS[plan.recipe.rounding.method].whole:
+            mark |= {"package": f"{autoround.PACKAGE} {autoround.version()}"}
     return mark | machine()
 
 
@@ -135,12 +143,18 @@ def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Mete
     kept = [n for u in units if u.key in finished for n in _output_names(plan, u)]
     meter.skip(sum(_info(plan, n).nbytes for u in units if u.key in finished for n in u.names))
     transforms = Transforms(plan.kv, rotation=plan.rotation)
-    blocks = None
+    blocks: Blocks | Delegate | None = None
     with Writer(out.folder, plan.tensors, resume=kept) as writer:
         if plan.recipe.calibrated:
-            from .calibrated import Blocks  # transformers, which only these methods need
+            # transformers, which only these methods need, is imported in there
+            if METHODS[plan.recipe.rounding.method].whole:
+                from .delegate import Delegate
 
-            blocks = Blocks(plan, transforms, out.work, meter, journal.entries)
+                blocks = Delegate(plan, out.work, meter)
+            else:
+                from .calibrated import Blocks
+
+                blocks = Blocks(plan, transforms, out.work, meter, journal.entries)
         for unit in units:
             if unit.key in finished:
                 continue
@@ -326,7 +340,23 @@ def _report(
     )
 
 
-def _verified(done: Report, plan: preflight.Preflight, out: Output, progress: Callback | None) -> Report:
+def finished_units(dst: str | os.PathLike[str]) -> int:
+    """How many units an unfinished run to `dst` has done; the next run goes on behind them."""
+    return max(0, output.unfinished(Path(dst), NAME) - 1)
+
+
+def _held_out(plan: preflight.Preflight) -> heldout.HeldOut | None:
+    """The text that the result will be held against; None = the recipe wants none."""
+    wanted = plan.recipe.verify
+    if wanted.text is None or wanted.level not in ("blocks", "model"):
+        return None
+    window = fidelity.window_of(plan.source.config)
+    return heldout.read(wanted.text, plan.src, int(plan.source.config["vocab_size"]), window)
+
+
+def _verified(
+    done: Report, plan: preflight.Preflight, out: Output, text: heldout.HeldOut | None, progress: Callback | None
+) -> Report:
     """The report with what a look at the written files says, and after promotion when the recipe wants it.
 
     RuntimeError when the files are not what was written.
@@ -337,10 +367,8 @@ def _verified(done: Report, plan: preflight.Preflight, out: Output, progress: Ca
     if found.failures:
         raise RuntimeError(f"{out.folder}: the checkpoint read back is not what was written: {found.failures[0]}")
     done = verify.merged(done, found)
-    if done.gate is None or done.gate.gate != "red" or wanted.on_red != "promote" or wanted.text is None:
+    if done.gate is None or done.gate.gate != "red" or wanted.on_red != "promote" or text is None:
         return done
-    window = fidelity.window_of(plan.source.config)
-    text = heldout.read(wanted.text, plan.src, int(plan.source.config["vocab_size"]), window)
     serve = plan.recipe.serve
     better, where = promote.until_green(
         out.folder, plan.src, done, text, max_extra=wanted.max_extra, serve=serve, work=out.work, progress=progress

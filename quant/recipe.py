@@ -141,6 +141,10 @@ class Recipe:
             raise RecipeError(
                 f"methods: {steps[-1]} comes after {roundings[0]}, which has rounded by then; put it first"
             )
+        if METHODS[roundings[0]].whole and len(steps) > 1:
+            raise RecipeError(
+                f"methods: {roundings[0]} takes the model as it is on the disk; leave {', '.join(steps[:-1])} out"
+            )
         for place, spec in (("spec", self.spec), *((f"layers.{name!r}", spec) for name, spec in self.layers)):
             for step in self.steps:
                 if (reason := METHODS[step.method].serves(spec)) is not None:

@@ -8,6 +8,7 @@ A method opens no file, knows no module and asks for no device. The codes it fin
 
 from __future__ import annotations
 
+from . import autoround as _autoround
 from . import awq as _awq
 from . import gptq as _gptq
 from . import hqq as _hqq
@@ -41,6 +42,17 @@ METHODS: dict[str, Method] = {
     ),
     "rotate": Method(
         "rotate", "transform", _rotate.plan, _rotate.OPTIONS, by_rows=False, calibrated=False, serves=_rotate.serves
+    ),
+    "autoround": Method(
+        "autoround",
+        "rounding",
+        _autoround.autoround,
+        _autoround.OPTIONS,
+        by_rows=False,
+        calibrated=True,
+        serves=_autoround.serves,
+        remedy=_autoround.REMEDY,
+        whole=True,
     ),
 }
 

@@ -93,7 +93,8 @@ class Method:
 
     kind: "rounding" or "transform". by_rows: rows stand alone, so a weight may come in row ranges. calibrated: needs
     statistics of a text. serves: None for a spec that the method can give, else why not. prepare(stats, **options): what
-    all weights with one input share, handed to `run` as `prepared`; None = nothing.
+    all weights with one input share, handed to `run` as `prepared`; None = nothing. whole: `run` takes the model in
+    memory, not one weight (delegate.py).
     """
 
     name: str
@@ -105,6 +106,7 @@ class Method:
     serves: Callable[[QuantSpec], str | None]
     prepare: Callable[..., Any] | None = None
     remedy: str = "take an integer spec, such as w4a16-g128 or w8a8"
+    whole: bool = False
 
 
 _STEP = 1 << 20  # weights per step, so that temporaries stay in the cache

@@ -103,8 +103,11 @@ def quantize(
     target = out if out is not None else Path(plan.out) if plan.out else None
     if target is None:
         raise typer.BadParameter("--out is missing; name the folder to write")
-    with console.showing_progress(as_json) as progress:
-        report = compose.quantize(src, target, recipe=plan, force=force, fresh=fresh, progress=progress)
+    try:
+        with console.showing_progress(as_json) as progress:
+            report = compose.quantize(src, target, recipe=plan, force=force, fresh=fresh, progress=progress)
+    except KeyboardInterrupt as error:  # the parser would forget what it says about finished units
+        sys.exit(console.fail(error, "percard quantize", as_json))
     _show(report, as_json, compose.show_report)
     if report.status == "red":
         raise typer.Exit(console.GATE_RED)
@@ -364,8 +367,8 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=list(arguments), standalone_mode=False, prog_name="percard")
     except (KeyboardInterrupt, typer.Abort):
         return console.fail(KeyboardInterrupt(), verb, "--json" in arguments)
-    except SystemExit as ending:  # the parser's answer to a reader that went away
-        code = ending.code
+    except SystemExit as ending:  # of a verb that has said why, or the parser's answer to a reader that went away
+        return ending.code if isinstance(ending.code, int) else console.DONE
     except Exception as error:
         return console.fail(error, verb, "--json" in arguments)
     if code == console.INTERRUPTED:  # the parser's answer to Ctrl-C

@@ -114,7 +114,13 @@ def quantize(
 ) -> Report:
     """Checkpoint `src` (folder or hub id) to `dst` in `spec`, or as a Recipe says. FormatError, RecipeError for bad input."""
     plan = recipe if recipe is not None else Recipe.from_flags(spec=spec or "")
-    return quantize_module.run(source(src), Path(dst), plan, force=force, fresh=fresh, progress=progress)
+    try:
+        return quantize_module.run(source(src), Path(dst), plan, force=force, fresh=fresh, progress=progress)
+    except (KeyboardInterrupt, OSError) as error:
+        done = quantize_module.finished_units(dst)
+        if done:
+            error.add_note(f"{done} finished units are kept: the same command goes on, --fresh starts over")
+        raise
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def fail(error: BaseException, verb: str, as_json: bool) -> int:
     code, text = describe(error)
     if os.environ.get("PERCARD_TRACEBACK") == "1":
         traceback.print_exception(error)
-    line = " ".join(text.split())
+    line = "; ".join([" ".join(text.split()), *getattr(error, "__notes__", [])])
     if as_json:
         print(json.dumps({"event": "error", "verb": verb, "message": line, "exit": code}), file=sys.stderr, flush=True)
     else:

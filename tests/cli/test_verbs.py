@@ -229,6 +229,42 @@ def test_interrupted_exits_130_with_one_line_and_leaves_nothing(number: int, che
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_after_finished_blocks_says_how_to_go_on(
+    checkpoint: Path, tmp_path: Path, percard: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from percard.quant import sequential
+
+    true = sequential.Sequential.block
+
+    def block(self: sequential.Sequential, index: int) -> sequential.Made:
+        if index == 1:
+            raise KeyboardInterrupt
+        return true(self, index)
+
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("".join(json.dumps({"ids": list(range(i, i + 16))}) + "\n" for i in range(8)))
+    words = (
+        "quantize",
+        checkpoint,
+        "--spec",
+        "w8a8",
+        "--method",
+        "gptq",
+        "--calibration",
+        ids,
+        "--out",
+        tmp_path / "out",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential.Sequential, "block", block)
+        ran = percard(*words)
+    assert ran.code == 130 and "2 finished units are kept: the same command goes on, --fresh starts over" in ran.error
+    ran = percard(*words, "--method", "rtn", "--fresh")
+    assert ran.code == 2 and "rtn reads no text" in ran.error
+    ran = percard(*words)
+    assert ran.code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["ids.jsonl", "out"]
+
+
 def test_a_reader_that_goes_away_gets_no_traceback() -> None:
     command = f"{sys.executable} -m percard doctor --json | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)

@@ -2,7 +2,8 @@
 
     python resume_driver.py SRC FOLDER METHOD SPEC KILLS SEED
 
-Every run is a forked process that dies at a random one of its calls that change the file system, or at a random moment.
+Every run is a forked process that dies behind a finished unit, at a random one of its calls that change the file system,
+or at a random moment.
 Nothing is cleaned up in between, so each run goes on with what the last one left. Ends with status 1 and a line for the
 first broken promise.
 """
@@ -39,6 +40,20 @@ def files(folder: Path) -> dict[str, str]:
     return out
 
 
+def die_behind(units: int) -> None:
+    """SIGKILL for this process when it is about to note one more finished unit than `units`."""
+    left = units + 1
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal left
+        if event == "open" and str(args[0]).endswith("journal.jsonl") and args[2] & os.O_APPEND:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 def main() -> None:
     src, folder, method, spec = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
     kills, dice = int(sys.argv[5]), random.Random(int(sys.argv[6]))
@@ -60,7 +75,9 @@ def main() -> None:
     hidden = out.parent / ".out.percard-unfinished" / ".percard-work" / "journal.jsonl"
     while killed < kills:
         before = len(hidden.read_bytes().splitlines()) if hidden.exists() else 0
-        if killed % 2:
+        if killed % 3 == 0:
+            child = forked(lambda: (die_behind(1), quantize.run(src, out, recipe)))
+        elif killed % 3 == 1:
             call = dice.randint(1, 60)
             child = forked(lambda call=call: (die_at(call), quantize.run(src, out, recipe)))  # type: ignore[misc]
         else:

@@ -30,7 +30,6 @@ from percard.quant.progress import Meter
 from percard.quant.recipe import Recipe, RecipeError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
-hooked = pytest.mark.skipif("autoround" not in METHODS, reason="the table of methods has no autoround yet")
 BF16 = torch.bfloat16
 
 
@@ -311,7 +310,6 @@ def recipe(windows: Path, spec: str = "w4a16-g64", **more: Any) -> Recipe:
     return Recipe.from_flags(spec=spec, method="autoround", calibration=windows, seq_len=16, **more)
 
 
-@hooked
 def test_quantize(tiny: Callable[..., Path], tmp_path: Path, windows: Path, fake: Fake) -> None:
     src, dst = tiny("qwen2"), tmp_path / "out"
     layers = {r"re:.*layers\.1\.self_attn\.(q|k|v)_proj": "w8a16"}
@@ -334,7 +332,6 @@ def test_quantize(tiny: Callable[..., Path], tmp_path: Path, windows: Path, fake
     assert not (dst / delegate.FILE).exists()
 
 
-@hooked
 def test_a_head_is_rounded_to_nearest(tiny: Callable[..., Path], tmp_path: Path, windows: Path, fake: Fake) -> None:
     tree = recipe(windows).to_dict()
     tree["stages"][0]["quantize"]["ignore!"] = []
@@ -343,7 +340,6 @@ def test_a_head_is_rounded_to_nearest(tiny: Callable[..., Path], tmp_path: Path,
     assert "lm_head" not in fake.codes
 
 
-@hooked
 def test_codes_outlive_a_killed_run(tiny: Callable[..., Path], tmp_path: Path, windows: Path, fake: Fake) -> None:
     src = tiny("llama")
     plan = preflight.check(src, recipe(windows))
@@ -368,7 +364,6 @@ def test_codes_outlive_a_killed_run(tiny: Callable[..., Path], tmp_path: Path, w
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@hooked
 def test_preflight_says_what_it_takes(
     tiny: Callable[..., Path], windows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +371,7 @@ def test_preflight_says_what_it_takes(
     monkeypatch.setattr(method, "missing", lambda: "not installed; pip install auto-round")
     plan = preflight.check(src, recipe(windows))
     assert any("pip install auto-round" in text for text in plan.refusals)
+    assert any("whole model in memory" in text for text in plan.warnings)
     gptq = preflight.check(src, Recipe.from_flags(spec="w4a16-g64", method="gptq", calibration=windows, seq_len=16))
     weights = sum(x.shape[0] * x.shape[1] for x in plan.found.linears)
     assert plan.memory > gptq.memory - 40 * weights  # both hold transformers
@@ -384,7 +380,6 @@ def test_preflight_says_what_it_takes(
     assert plan.memory == preflight.RESIDENT_CALIBRATED + more[0]
 
 
-@hooked
 def test_transforms_do_not_go_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "before", dataclasses.replace(METHODS["rtn"], name="before", kind="transform"))
     with pytest.raises(RecipeError, match="takes the model as it is"):
@@ -394,7 +389,6 @@ def test_transforms_do_not_go_before_it(monkeypatch: pytest.MonkeyPatch) -> None
 # -- the package itself
 
 
-@hooked
 @pytest.mark.full
 @pytest.mark.parametrize("spec", ["w4a16-g64", "w4a16-g32-asym", "w3a16-g64", "w8a16"])
 def test_real_package(tmp_path: Path, spec: str) -> None:
@@ -409,7 +403,6 @@ def test_real_package(tmp_path: Path, spec: str) -> None:
     assert lowest > {3: 10, 4: 17, 8: 38}[rules.spec.weight_bits], [(m.name, m.sqnr) for m in done.modules]
 
 
-@hooked
 @pytest.mark.full
 def test_real_package_with_experts(tiny: Callable[..., Path], tmp_path: Path, windows: Path) -> None:
     pytest.importorskip("auto_round")
