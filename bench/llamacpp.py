@@ -216,6 +216,7 @@ def main(
         raise typer.BadParameter(f"{isa} is not known; known: {', '.join(BUILDS)}", param_hint="--isa")
     if isa == "avx2" and os.environ.get("PERCARD_ISA") != "avx2":  # read once, when a process starts
         limits = {"PERCARD_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        limits["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
         raise typer.Exit(
             subprocess.run(
                 [sys.executable, "-m", f"{__package__}.llamacpp", *sys.argv[1:]], env=os.environ | limits
