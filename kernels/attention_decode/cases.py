@@ -134,5 +134,5 @@ EXPECT = Expect(
     dtypes=(BF16, FP16),
     mma={"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA"},
     weight_operand=dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), "registers + stores to shared memory"),
-    ceilings={arch: {16: (3.8,), 32: (5.0,), 64: (9.0,)} for arch in ("sm_80", "sm_89", "sm_90", "sm_100")},
+    ceilings={arch: {16: (4.9,), 32: (6.2,)} for arch in ("sm_80", "sm_89", "sm_90", "sm_100")},
 )

@@ -196,10 +196,13 @@ def splits(batch: int, tiles: int, kv_heads: int, keys: int, sms: int, per_sm: i
 
 
 def heuristic(shape: Shape, card: Card) -> Config:
-    """16 rows hold a group of up to 16 heads; more fresh tokens take taller tiles. Stages as shared memory allows."""
+    """16 rows hold a group of up to 16 heads; more take tiles of 32, side by side, so that keys read again lie in the L2.
+
+    Stages as shared memory allows.
+    """
     rows, wide = shape.q_len * shape.heads // shape.kv_heads, triton.next_power_of_2(shape.size)
     whole = 4 if shape.dtype == torch.float32 else 2
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 or wide * whole > 256 else 64
+    block_m = 16 if rows <= 16 else 32
     block_n = 64 if wide * whole <= 256 else 32
     stages = max(2, min(4, (card.shared_bytes - block_m * wide * whole) // (2 * block_n * wide * whole) - 1))
     tiles = -(-rows // block_m)
