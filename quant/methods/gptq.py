@@ -18,6 +18,12 @@ tokens: KL .0134 with damp 0.01 alone, .0094 with a factor of 1 + 4 K / tokens, 
 tokens on no difference). In the mean a column counts for 100 median ones at most: a channel of massive activations
 would else damp all others away (one channel 1000 times as large, 4096 tokens, inputs not seen: loss x 0.45).
 
+scales "weighted": per group the p * absmax scale, p = 1, .98 .. .8, with the least sum of D[j] |error|^3. Squares and
+smaller p lower the loss on the calibration text further, and the KL on a text not seen less: what is cut off hurts most
+where the calibration text did not look (tiny-qwen3, 32k tokens, KL at w3a16-g64: absmax .0213, squares and p down to .4
+.0204, squares .0189, cubes .0179; at w4a16-g128 .0051, .0048, .0046, .0045). p down to .4 counts where it costs a third
+less: where a few channels carry inputs 50 times as large, the rest may be cut off.
+
     order "static": falling diag(H); groups and scales stay those of the original columns, found before the loop.
     order "none": as they stand.
 """
@@ -49,7 +55,9 @@ _FEW = 8  # of Factor.damp, see above
 _OUTLIER = 100
 _LEAF = 8  # columns between two small matmuls: less, and calls cost more than work; more, and threads start for nothing
 _HALF_EVEN = 1.5 * 2.0**23  # x + this - this is x rounded half to even; torch.round starts threads for one column
-_SHRINKS = [1 - i / 20 for i in range(13)]  # 1.0 .. 0.4; four times as many lower the loss by 0.1 %
+_SHRINKS = [1 - i / 50 for i in range(11)]  # 1.0 .. 0.8, see above
+_FAR = [0.75 - i / 20 for i in range(8)]  # .75 .. .4
+_HANDICAP = 1.5  # by so much a far one has to be better
 _CHUNK = 1 << 17
 
 
@@ -221,14 +229,14 @@ def _scales(
 def _shrink(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec, costs: torch.Tensor
 ) -> torch.Tensor:
-    """The p * scale [R, groups] with the least sum of costs[k] * error[k]^2 in its group; costs fp32 [K]."""
+    """The p * scale [R, groups] with the least sum of costs[k] * |error[k]|^3 in its group; costs fp32 [K]."""
     rows, groups = scale.shape
     w, costs = weight.reshape(rows, groups, -1), costs.reshape(groups, -1)
     offset = None if zero is None else zero.unsqueeze(2).float()
     tiny = 2.0**-24 if scale.dtype == torch.float16 else 2.0**-126
     best, least = scale, torch.full((rows, groups), torch.inf, device=scale.device)
     trial = torch.empty_like(w)
-    for p in _SHRINKS:
+    for p in (*_SHRINKS, *_FAR):
         stored = (scale.float() * p).to(scale.dtype).clamp_min_(tiny)
         step = stored.float().unsqueeze(2)
         torch.div(w, step, out=trial)
@@ -237,7 +245,10 @@ def _shrink(
         trial.clamp_(spec.qmin, spec.qmax).add_(_HALF_EVEN).sub_(_HALF_EVEN)
         if offset is not None:
             trial -= offset
-        error = trial.mul_(step).sub_(w).square_().mul_(costs).sum(2)
+        trial.mul_(step).sub_(w).abs_()
+        error = trial.square().mul_(trial).mul_(costs).sum(2)
+        if p < _SHRINKS[-1]:
+            error *= _HANDICAP
         better = error < least
         best, least = torch.where(better, stored, best), torch.where(better, error, least)
     return best
