@@ -53,15 +53,18 @@ class Blocks:
 
     def _check_activations(self) -> None:
         """What the last finished block left is what it noted."""
-        expected, path = self.done[-1].get("activations"), self.sequential.file(len(self.done))
-        if expected is None:
+        expected = self.done[-1]["activations"]
+        if not expected:
             return
-        if not path.is_file():
-            raise FormatError(f"{path}: activations of an earlier run are gone; start over with --fresh")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise FormatError(f"{path}: not what the earlier run wrote (sha256 {found[:12]}); start over with --fresh")
+        for path, mark in zip(self.sequential.files(len(self.done)), expected, strict=True):
+            if not path.is_file():
+                raise FormatError(f"{path}: activations of an earlier run are gone; start over with --fresh")
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != mark:
+                raise FormatError(
+                    f"{path}: not what the earlier run wrote (sha256 {found[:12]}); start over with --fresh"
+                )
 
     def _scales(self, index: int) -> Path:
         return self.work / f"scales-{index:05d}.npz"
@@ -103,4 +106,5 @@ class Blocks:
     def drop_old(self, index: int | None) -> None:
         """The input of a finished block is needed no more; its output is the next one's input."""
         if index is not None:
-            self.sequential.file(index).unlink(missing_ok=True)
+            for path in self.sequential.files(index):
+                path.unlink(missing_ok=True)

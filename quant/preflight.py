@@ -190,7 +190,7 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
             more = delegate.needs(source, found, assignment, recipe, windows)
             memory, disk = max(memory, RESIDENT_CALIBRATED + more[0]), disk + more[1]
         else:
-            disk += 2 * windows.ids.numel() * int(source.config["hidden_size"]) * dtype.itemsize
+            disk += 4 * windows.ids.numel() * int(source.config["hidden_size"]) * dtype.itemsize
             memory = max(memory, _memory_calibrated(source, found, recipe, dtype))
     if recipe.verify.level in ("blocks", "model"):
         tokens = HELD_OUT_TOKENS
@@ -288,7 +288,9 @@ def _memory_calibrated(source: Checkpoint, found: Map, recipe: Recipe, dtype: to
         statistics = 4 * grams + sum(4 * k * k + 4 * 512 * k for k in routed)
         job = min(max(x.shape[0] * x.shape[1] for x in block), rounding.MOST_WEIGHTS)
         at_work = (workers.count() + 1) * 8 * 4 * job + 2 * 4 * max(x.shape[0] * x.shape[1] for x in block)
-        peak = max(peak, weights * (size + 1) + statistics + max(largest, at_work))
+        beside = weights * size if recipe.run.target == "float" and recipe.run.passes == "sublayer" else 0
+        grams_ = max(k * k for k in inputs.values()) * 4 * 2 if beside else 0  # of both chains' inputs
+        peak = max(peak, weights * (size + 1) + beside + grams_ + statistics + max(largest, at_work))
     embedding = source.info("model.embed_tokens.weight")
     return RESIDENT_CALIBRATED + max(peak, embedding.nbytes * (1 + size // embedding.dtype.itemsize))
 

@@ -10,7 +10,7 @@
           ignore: [lm_head]                  # adds to the family's list; `ignore!` replaces it
           experts: blend                     # what the last matrix of an expert learns from: routed, blend, all
     calibration: {source: calib.jsonl, samples: 256, seq_len: 2048, seed: 0}     # no source: a small built-in text
-    run: {pass: sublayer, dtype: auto}       # sublayer: each linear sees what the quantised ones before it make
+    run: {pass: sublayer, target: float}       # sublayer: each linear sees what the quantised ones before it make
     verify: {level: model, text: heldout.txt, on_red: promote, max_extra: 0.05}
     output: {dir: ./out, to: compressed-tensors, card: true}
 
@@ -43,6 +43,7 @@ MAX_BYTES = 1 << 20
 VERIFY_LEVELS = ("none", "bytes", "weights", "blocks", "model")
 EXPERTS = ("blend", "routed", "all")
 PASSES = ("sublayer", "block")
+TARGETS = ("float", "chain")
 DTYPES = ("auto", "float32", "model")
 # What `--method` means: a transform brings the rounding that goes best with it (docs/quantize.md).
 FLAG_METHODS = {"awq": ("awq", "gptq"), "smoothquant": ("smoothquant", "gptq"), "rotate": ("rotate", "gptq")}
@@ -92,10 +93,12 @@ class Serve:
 @dataclass(frozen=True)
 class Run:
     """How calibrated methods go through a block. passes: "sublayer" (four forward passes, each linear sees the inputs
-    that quantised ones make) or "block" (one). dtype: of the arithmetic; auto = the model's where this machine multiplies
+    that quantised ones make) or "block" (one). target, of sublayer passes: "float" = each linear is drawn to what the float model
+    makes of its own input (GPTQ only; a second chain), "chain" = to itself on the quantised input. dtype: of the arithmetic; auto = the model's where this machine multiplies
     16-bit numbers as fast, else fp32."""
 
     passes: str = "sublayer"
+    target: str = "float"
     dtype: str = "auto"
 
 
@@ -264,7 +267,7 @@ class Recipe:
         tree["stages"] = [{"quantize": stage}]
         if self.calibrated:
             tree["calibration"] = {k: v for k, v in vars(self.calibration).items() if v is not None}
-            tree["run"] = {"pass": self.run.passes, "dtype": self.run.dtype}
+            tree["run"] = {"pass": self.run.passes, "target": self.run.target, "dtype": self.run.dtype}
         tree["verify"] = {k: v for k, v in vars(self.verify).items() if v is not None}
         where = {} if self.out is None else {"dir": self.out}
         tree["output"] = {**where, "to": self.container, "card": self.card}
@@ -298,7 +301,7 @@ def _from_tree(tree: Any) -> Recipe:
         raise RecipeError("quantize.spec is missing; say one, such as w4a16-g128 or w8a8 (there is no default)")
     if "ignore" in stage and "ignore!" in stage:
         raise RecipeError("quantize: `ignore` adds to the family's list and `ignore!` replaces it; keep one of them")
-    how = fields.mapping(top.get("run"), "run", ("pass", "dtype"))
+    how = fields.mapping(top.get("run"), "run", ("pass", "target", "dtype"))
     output = fields.mapping(top.get("output"), "output", ("dir", "to", "card"))
     layers = fields.mapping(stage.get("layers"), "quantize.layers", None)
     return Recipe(
@@ -317,6 +320,7 @@ def _from_tree(tree: Any) -> Recipe:
         experts=fields.choice(stage.get("experts", "blend"), "quantize.experts", EXPERTS),
         run=Run(
             fields.choice(how.get("pass", "sublayer"), "run.pass", PASSES),
+            fields.choice(how.get("target", "float"), "run.target", TARGETS),
             fields.choice(how.get("dtype", "auto"), "run.dtype", DTYPES),
         ),
         verify=_verify(fields.mapping(top.get("verify"), "verify", ("level", "text", "on_red", "max_extra"))),

@@ -62,14 +62,17 @@ def jobs(rows: Iterable[int], columns: int, threads: int) -> list[list[Piece]]:
 
 
 def round_all(
-    step: Step, wanted: list[Wanted], stats: Stats | None, spec: QuantSpec, dtype: torch.dtype, prepared: Any = None
+    step: Step,
+    wanted: list[Wanted],
+    stats: Stats | None,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    shift: torch.Tensor | None = None,
 ) -> Iterator[Done]:
-    """Rounds weights of one input K by the same statistics, in order. `dtype`: the model's.
-
-    prepared: what Method.prepare made of `stats`; None = it is made here.
-    """
+    """Rounds weights of one input K by the same statistics, in order. `dtype`: the model's. shift: Method.correct's."""
     method, options = METHODS[step.method], dict(step.options)
-    if prepared is None and method.prepare is not None:
+    prepared = None
+    if method.prepare is not None:
         prepared = method.prepare(stats, **_known(method.prepare, options))
     parts = jobs([w.linear.shape[0] for w in wanted], wanted[0].linear.shape[1], count())
     given = {"scale_dtype": affine.scale_dtype_of(spec, dtype), **options}
@@ -81,6 +84,8 @@ def round_all(
         weights = [wanted[i].read()[a:b] for i, a, b in pieces]
         bound = _stacked([wanted[i].bound for i, _, _ in pieces], pieces, spec.groups(weights[0].shape[1]))
         names = ", ".join(dict.fromkeys(wanted[i].linear.name for i, _, _ in pieces))
+        if shift is not None and method.correct is not None:
+            weights = [method.correct(weight, shift, prepared) for weight in weights]
         try:
             made = method.run(torch.cat(weights), stats, spec, bound=bound, **given)
         except FormatError as error:

@@ -3,7 +3,7 @@
     for each block:   1. statistics of every input in the untouched block       (only when transforms, or pass: block)
                       2. transforms: scales between norms and linears, applied to the weights
                       3. per stage {q,k,v}, {o}, {gate,up}, {down}: statistics of its input as the linears rounded so
-                         far make it, then rounding
+                         far make it, against the same input in the float model, then rounding
                       4. the block's output through quantised weights is the next block's input
 
 Weights of one block are in memory, activations lie on disk. A finished block is in the output and in the journal before
@@ -12,6 +12,8 @@ the next one starts.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ from .spill import Spill, SpillWriter
 from .transforms import INPUT_NORM, POST_NORM, UP, Transforms, V, settled
 from .walk import Assignment, Linear, Map
 
+FLOAT = "float"  # the chain of the model as it was
 TOKENS_AT_ONCE = 2048  # of one forward call
 BLEND_TOKENS = 256  # pseudo-tokens that an expert is given of what all tokens would show it
 
@@ -46,7 +49,7 @@ class Made:
     done: list[Done] = field(default_factory=list)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
-    activations: str | None = None
+    activations: list[str] = field(default_factory=list)
 
 
 class Sequential:
@@ -74,25 +77,33 @@ class Sequential:
         self.frame = Frame(source.config, found, dtype, where)
         self.batch = max(1, TOKENS_AT_ONCE // ids.shape[1])
         self.shape = (ids.shape[0], ids.shape[1], int(source.config["hidden_size"]))
+        # A second chain, of the float model, to make good for what the blocks before have spoilt.
+        corrects = METHODS[recipe.rounding.method].correct is not None
+        self.beside = recipe.run.target == "float" and recipe.run.passes == "sublayer" and corrects
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     # -- activations
 
-    def file(self, index: int) -> Path:
+    def file(self, index: int, chain: str = "act") -> Path:
         """The input of block `index`, for all windows."""
-        return self.work / f"act-{index:05d}.safetensors"
+        return self.work / f"{chain}-{index:05d}.safetensors"
 
-    def begin(self) -> str:
-        """Writes the first block's input; its sha256."""
+    def files(self, index: int) -> list[Path]:
+        """The inputs of block `index` in all chains."""
+        return [self.file(index, chain) for chain in (("act", FLOAT) if self.beside else ("act",))]
+
+    def begin(self) -> None:
+        """Writes the first block's input."""
         embedding = self.read("model.embed_tokens.weight")
         with SpillWriter(self.file(0), self.dtype, self.shape) as out:
             for start in range(0, self.shape[0], self.batch):
                 out.add(self.frame.start(self.ids[start : start + self.batch], embedding)[0])
-        return out.sha256
+        if self.beside:
+            shutil.copyfile(self.file(0), self.file(0, FLOAT))
 
-    def _batches(self, index: int) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    def _batches(self, index: int, chain: str = "act") -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         """(input [B, T, H], arguments) of block `index`, window after window."""
-        spill = Spill(self.file(index))
+        spill = Spill(self.file(index, chain))
         for start in range(0, self.shape[0], self.batch):
             x = spill.read(start, min(self.shape[0], start + self.batch))
             if len(x) not in self._arguments:
@@ -145,6 +156,7 @@ class Sequential:
         if self.recipe.transforms or self.recipe.run.passes == "block":
             early = self._early(block, stages)
             bounds = self._transform(block, early, made)
+        float_block = self.frame.block(index, self.read) if self.beside else None  # transformed, not rounded
         for number, stage in enumerate(stages):
             specs = {self.specs[x.name] for x in stage if x.name in self.specs}
             members = [x for x in stage if x.name in self.specs]
@@ -157,14 +169,47 @@ class Sequential:
                 continue
             key = _input(block, stage)
             stats = early.get(key) if number == 0 or self.recipe.run.passes == "block" else None
-            if stats is None:
+            shift = None
+            if float_block is not None:
+                stats, shift = self._against_float(block, float_block, key, self._seed(index, number))
+            elif stats is None:
                 watcher = Collector(stage[0].shape[1], self._seed(index, number))
                 self._show(block, {key: watcher}, stop_at=key)
                 stats = watcher.stats()
             early[key] = stats
-            self._round(block, members, stats, spec, bounds, made)
-        self._advance(block, made)
+            self._round(block, members, stats, spec, bounds, made, shift)
+        self._advance(block, made, float_block)
         return made
+
+    def _against_float(self, block: Block, beside: Block, key: str, seed: int) -> tuple[Stats, torch.Tensor]:
+        """Statistics of an input x' of the chain that is quantised so far, and sum x x'^T - x' x'^T, fp32 [K, K], with x
+        the same input in the float model."""
+        shift: torch.Tensor | None = None
+        watcher: Collector | None = None
+        for (x, arguments), (y, _) in zip(self._batches(block.index), self._batches(block.index, FLOAT), strict=True):
+            ours, theirs = self._input_at(block, key, x, arguments), self._input_at(beside, key, y, arguments)
+            if watcher is None or shift is None:
+                watcher = Collector(ours.shape[1], seed)
+                shift = torch.zeros(ours.shape[1], ours.shape[1])
+            try:
+                watcher.add(ours)
+            except FormatError as error:
+                raise FormatError(f"{self.source.path}: block {block.index}: {error}") from None
+            shift.addmm_((theirs - ours).T, ours)
+        assert watcher is not None and shift is not None
+        return watcher.stats(), shift
+
+    def _input_at(self, block: Block, key: str, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """What the linear `key` reads when the block reads x: fp32 [tokens, K]."""
+        seen: list[torch.Tensor] = []
+
+        def see(value: torch.Tensor) -> None:
+            seen.append(value.reshape(-1, value.shape[-1]).float())
+            raise blocks.Stop
+
+        with block.watching({key: see}), contextlib.suppress(blocks.Stop):
+            block.forward(x, arguments)
+        return seen[0]
 
     def _seed(self, index: int, number: int) -> int:
         return self.recipe.calibration.seed * 1_000_003 + index * 1009 + number
@@ -188,9 +233,10 @@ class Sequential:
         spec: QuantSpec,
         bounds: dict[str, torch.Tensor],
         made: Made,
+        shift: torch.Tensor | None = None,
     ) -> None:
         wanted = [Wanted(x, lambda x=x: self.exact(x.tensor), bounds.get(x.name)) for x in members]  # type: ignore[misc]
-        for done in rounding.round_all(self.recipe.rounding, wanted, stats, spec, self.found.dtype):
+        for done in rounding.round_all(self.recipe.rounding, wanted, stats, spec, self.found.dtype, shift):
             self._take(block, done, made)
 
     def _take(self, block: Block, done: Done, made: Made) -> None:
@@ -258,20 +304,23 @@ class Sequential:
         self._show(block, {f"{block.prefix}mlp.experts": Everywhere(self.shape[2], 0, gram=False)})
         return {name: w.stats() for name, w in watchers.items()}
 
-    def _advance(self, block: Block, made: Made) -> None:
-        """Writes the input of the next block."""
+    def _advance(self, block: Block, made: Made, float_block: Block | None) -> None:
+        """Writes the input of the next block, in the float chain too."""
         if block.index + 1 == len(self.frame):
             return
-        with SpillWriter(self.file(block.index + 1), self.dtype, self.shape) as out:
-            for x, arguments in self._batches(block.index):
-                y = block.forward(x, arguments)
-                if not bool(torch.isfinite(y).all()):
-                    raise FormatError(
-                        f"{self.source.path}: block {block.index} gives NaN or Inf; its weights do not fit {self.dtype}, "
-                        "say run: {dtype: float32} in the recipe, or repair the source"
-                    )
-                out.add(y)
-        made.activations = out.sha256
+        for one, chain in ((block, "act"), (float_block, FLOAT)):
+            if one is None:
+                continue
+            with SpillWriter(self.file(block.index + 1, chain), self.dtype, self.shape) as out:
+                for x, arguments in self._batches(block.index, chain):
+                    y = one.forward(x, arguments)
+                    if not bool(torch.isfinite(y).all()):
+                        raise FormatError(
+                            f"{self.source.path}: block {block.index} gives NaN or Inf; its weights do not fit "
+                            f"{self.dtype}, say run: {{dtype: float32}} in the recipe, or repair the source"
+                        )
+                    out.add(y)
+            made.activations.append(out.sha256)
 
     # -- transforms
 

@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
         calibrated=True,
         serves=_gptq.serves,
         prepare=_gptq.prepare,
+        correct=_gptq.correct,
     ),
     "awq": Method("awq", "transform", _awq.awq, _awq.OPTIONS, by_rows=False, calibrated=True, serves=_awq.serves),
     "smoothquant": Method(

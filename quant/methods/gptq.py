@@ -188,6 +188,21 @@ def gptq(
     return Rounded(tensor, facts | signal_and_noise(weight, tensor.data, tensor.scale, tensor.zero, spec))
 
 
+def correct(weight: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """The weight that comes nearest to W x on inputs x' of a chain that is quantised already, fp32 [N, K].
+
+    shift fp32 [K, K] = sum x x'^T - sum x' x'^T; factor: of sum x' x'^T. Least squares: W + W shift (G + damp)^-1, the
+    first step of GPTAQ (arXiv 2504.02692): what the layers before have spoilt is made good where it can be.
+    """
+    if factor.upper is None:
+        return weight
+    x = (weight @ shift).index_select(1, factor.order)
+    x = torch.linalg.solve_triangular(factor.upper, x, upper=True, left=False, unitriangular=True)
+    x /= factor.variance * factor.mean
+    x = torch.linalg.solve_triangular(factor.upper.T, x, upper=False, left=False, unitriangular=True)
+    return weight + torch.empty_like(x).index_copy_(1, factor.order, x)
+
+
 def loss_of(weight: torch.Tensor, tensor: QuantTensor, stats: Stats) -> torch.Tensor:
     """Mean square of each output's error on the calibration text, fp64 [N]; zeros without a text."""
     if stats.tokens == 0:

@@ -105,6 +105,7 @@ class Method:
     calibrated: bool
     serves: Callable[[QuantSpec], str | None]
     prepare: Callable[..., Any] | None = None
+    correct: Callable[..., torch.Tensor] | None = None
     remedy: str = "take an integer spec, such as w4a16-g128 or w8a8"
     whole: bool = False
 

@@ -332,3 +332,20 @@ def test_bad_options_and_sizes_are_refused() -> None:
 def test_scales_of_int8_activations_stay_two_level() -> None:
     found = run(*case(), "w4a8-g128")
     assert affine.two_level(found.tensor.scale) is not None
+
+
+def test_correct_is_least_squares_against_the_float_input() -> None:
+    """W' of least |W x - W' x'|^2 + ridge, by float64; without a difference the weight stays."""
+    random = torch.Generator().manual_seed(17)
+    x = torch.randn(2000, 64, generator=random) * torch.linspace(0.3, 2, 64)
+    y = x + 0.2 * torch.randn(2000, 64, generator=random)  # what the quantised chain has instead
+    w = torch.randn(24, 64, generator=random)
+    gram = y.T @ y
+    factor = gptq_module.prepare(Stats(gram, y.abs().amax(0), y.abs().mean(0), y[:512], 2000))
+    found = gptq_module.correct(w, (x - y).T @ y, factor)
+    ridge = factor.damp * factor.mean * torch.eye(64, dtype=torch.float64)
+    shift = (x - y).double().T @ y.double()
+    expected = w.double() + w.double() @ shift @ torch.linalg.inv(gram.double() + ridge)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert float((w @ x.T - found @ y.T).norm()) < 0.95 * float((w @ x.T - w @ y.T).norm())
+    assert torch.equal(gptq_module.correct(w, torch.zeros(64, 64), factor), w)

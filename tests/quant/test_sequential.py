@@ -300,10 +300,28 @@ def test_two_roundings_and_a_late_transform_are_refused(tiny: Tiny) -> None:
         Recipe.parse(head + "[gptq, rtn]}}]")
 
 
+def along_the_chain(given: Recipe) -> Recipe:
+    """The same without a look at the float model's inputs."""
+    return Recipe.parse(yaml.safe_dump(given.to_dict() | {"run": {"target": "chain"}}))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_a_target_in_the_float_model_brings_the_output_nearer_to_it(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """Random blocks spoil each other's inputs much: what comes out of the last one is nearer with the second chain."""
+    src = source(tiny, kind, windows=48, dtype=torch.float32, num_hidden_layers=4)
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(21))
+    reference = logits_of(src, Checkpoint.open(src).read, ids)
+    off = {}
+    for name, given in (("float", recipe(src, "w3a16-g64")), ("chain", along_the_chain(recipe(src, "w3a16-g64")))):
+        quantize.run(src, tmp_path / name, given)
+        off[name] = float((logits_of(src, Pair.open(tmp_path / name, src).read, ids) - reference).norm())
+    assert off["float"] < 0.99 * off["chain"], off
+
+
 def test_values_in_the_chain_are_the_values_on_disk(tiny: Tiny, tmp_path: Path) -> None:
     """The statistics of block 1 come from block 0 as it was written: a gptq run of block 1 alone gives the same codes."""
     src = source(tiny, "llama", dtype=torch.float32)
-    quantize.run(src, tmp_path / "out", recipe(src))
+    quantize.run(src, tmp_path / "out", along_the_chain(recipe(src)))
     made, spec = Checkpoint.open(tmp_path / "out"), QuantSpec.parse("w4a16-g64")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -314,7 +332,8 @@ def test_values_in_the_chain_are_the_values_on_disk(tiny: Tiny, tmp_path: Path) 
                 tensors[name] = affine.dequantize(compressed_tensors.read(parts, spec, tuple(tensors[name].shape)))  # type: ignore[arg-type]
 
     half = with_text(tiny("llama", name="half", dtype=torch.float32, max_position_embeddings=64, change=change), 24)
-    quantize.run(half, tmp_path / "again", recipe(half, ignore=(r"re:model\.layers\.0\..*", "lm_head")))
+    ignore = (r"re:model\.layers\.0\..*", "lm_head")
+    quantize.run(half, tmp_path / "again", along_the_chain(recipe(half, ignore=ignore)))
     again = Checkpoint.open(tmp_path / "again")
     for leaf in ("self_attn.q_proj", "mlp.down_proj"):
         name = f"model.layers.1.{leaf}.weight_packed"
