@@ -90,7 +90,13 @@ def quantize(
 ) -> None:
     from . import compose
 
-    flags = {"method": method, "calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    flags: dict[str, Any] = {
+        "method": method,
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
     flags |= {"experts": experts, "text": text, "engine": engine, "tp": tp}
     plan = compose.recipe(spec, file=recipe, **flags)
     if print_recipe:
