@@ -285,12 +285,13 @@ def _memory_calibrated(source: Checkpoint, found: Map, recipe: Recipe, dtype: to
             inputs["experts", 0] = next(x.shape[1] for x in block if x.name.endswith("gate_proj"))
         grams = sum(k * k for k in inputs.values()) if early else max(k * k for k in inputs.values())
         largest = max(k * k * (40 if k <= 4096 else 20) for k in inputs.values())  # being factored
-        statistics = 4 * grams + sum(4 * k * k + 4 * 512 * k for k in routed)
+        by_expert = sum(4 * k * k + 4 * 512 * k for k in routed)
+        statistics = 4 * grams + 2 * by_expert  # as they are collected, and as they are handed on
         job = min(max(x.shape[0] * x.shape[1] for x in block), rounding.MOST_WEIGHTS)
         at_work = (workers.count() + 1) * 8 * 4 * job + 2 * 4 * max(x.shape[0] * x.shape[1] for x in block)
         beside = weights * size if recipe.run.target == "float" and recipe.run.passes == "sublayer" else 0
-        grams_ = max(k * k for k in inputs.values()) * 4 * 2 if beside else 0  # of both chains' inputs
-        peak = max(peak, weights * (size + 1) + beside + grams_ + statistics + max(largest, at_work))
+        shift = 4 * max(k * k for k in inputs.values()) if beside else 0  # between the inputs of both chains
+        peak = max(peak, weights * (size + 1) + beside + shift + statistics + max(largest, at_work))
     embedding = source.info("model.embed_tokens.weight")
     return RESIDENT_CALIBRATED + max(peak, embedding.nbytes * (1 + size // embedding.dtype.itemsize))
 
