@@ -55,7 +55,7 @@ class Made:
 class Sequential:
     """Quantises the blocks of `source` by `recipe`, in order. `transforms` grows as it goes.
 
-    ids int64 [n, T]: the calibration windows. work: a folder for activations. resume: blocks that are done already.
+    ids int64 [n, T]: the calibration windows. work: a folder for activations.
     """
 
     def __init__(
