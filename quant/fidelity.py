@@ -29,11 +29,11 @@ from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from . import blocks
 from .blocks import Block, Frame, Read
-from .pair import EMBEDDING, Pair
+from .pair import Pair
 from .progress import Callback, Meter
 from .report import Gate, Layer
 from .spill import Spill, SpillWriter
-from .walk import Map
+from .walk import EMBEDDING, Map
 
 IN_MEMORY = 1 << 30  # bytes of hidden states that stay in memory
 ERROR_TOKENS = 8192  # tokens over which the errors of single blocks are measured: they are means, and more cost time

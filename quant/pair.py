@@ -20,9 +20,7 @@ from . import report, walk
 from .methods import rotate
 from .report import Report
 from .transforms import INPUT_NORM, POST_NORM, UP, Rotates, Transforms, V, check_shapes
-from .walk import Linear, Map
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from .walk import EMBEDDING, HEAD, Linear, Map
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,11 +30,11 @@ from ..formats.tensor import QuantTensor
 from . import engines, fidelity, heldout, output, report, transforms, verify, walk
 from .fidelity import Fall
 from .methods import rtn
-from .pair import HEAD, Pair
+from .pair import Pair
 from .progress import Callback, Meter
 from .recipe import Serve
 from .report import Gate, Module, Promotion, Report
-from .walk import Assignment, Linear
+from .walk import HEAD, Assignment, Linear
 
 ROUNDS = 3
 SURE = 0.9  # of a limit is aimed at, so that a prediction that is a little off does not cost a round

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from .recipe import Recipe, Step
 from .report import Layer, Module, Report
 from .transforms import FILE as TRANSFORMS
 from .transforms import Transforms
-from .walk import Linear
+from .walk import EMBEDDING, HEAD, Linear
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from .delegate import Delegate
 
 UNIT = 512 << 20  # bytes of the source that a unit of copies and data-free rounding takes
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 REVISION = 1  # raised when the same recipe gives other bytes
 
 
@@ -140,7 +139,7 @@ def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Mete
     linears = {x.tensor: x for x in plan.found.linears if x.name in specs}
     units = _units(plan)
     finished = {entry["unit"]: entry for entry in journal.entries}
-    kept = [n for u in units if u.key in finished for n in _output_names(plan, u)]
+    kept = [n for u in units if u.key in finished for n in _output_names(plan, u, linears)]
     meter.skip(sum(_info(plan, n).nbytes for u in units if u.key in finished for n in u.names))
     transforms = Transforms(plan.kv, rotation=plan.rotation)
     blocks: Blocks | Delegate | None = None
@@ -161,14 +160,12 @@ def _write(plan: preflight.Preflight, out: Output, journal: Journal, meter: Mete
             if unit.block is not None:
                 assert blocks is not None
                 entry = blocks.quantise(unit.block, writer)
-                copied = [n for n in unit.names if n not in linears]
             else:
-                copied = [n for n in unit.names if n not in linears]
                 mine = [linears[n] for n in unit.names if n in linears]
                 with Workers() as workers:
                     found = [_quantise(plan, x, specs[x.name], writer, workers, meter, transforms) for x in mine]
                 entry = {"modules": [dataclasses.asdict(m) for m in found]}
-            for name in copied:
+            for name in (n for n in unit.names if n not in linears):
                 _copy(plan, name, writer, meter, transforms)
             writer.sync()
             finished[unit.key] = {"unit": unit.key, **entry}
@@ -197,9 +194,8 @@ def _in_order(plan: preflight.Preflight, modules: list[Module]) -> list[Module]:
     return sorted(modules, key=lambda m: rank[m.name])
 
 
-def _output_names(plan: preflight.Preflight, unit: Unit) -> Iterator[str]:
-    """The tensors of the output that a unit writes."""
-    linears = {x.tensor: x for x in plan.found.linears if x.name in plan.assignment.specs}
+def _output_names(plan: preflight.Preflight, unit: Unit, linears: Mapping[str, Linear]) -> Iterator[str]:
+    """The tensors of the output that a unit writes; linears: those with a spec, by tensor."""
     for name in unit.names:
         if name not in linears:
             yield name
@@ -362,7 +358,7 @@ def _verified(
     RuntimeError when the files are not what was written.
     """
     wanted, ids = plan.recipe.verify, None if plan.windows is None else plan.windows.ids
-    given = {"level": wanted.level, "text": wanted.text, "said": done, "calibration_ids": ids, "work": out.work}
+    given = {"level": wanted.level, "text": text, "said": done, "calibration_ids": ids, "work": out.work}
     found = verify.verify(out.folder, plan.src, progress=progress, **given)  # type: ignore[arg-type]
     if found.failures:
         raise RuntimeError(f"{out.folder}: the checkpoint read back is not what was written: {found.failures[0]}")

@@ -131,7 +131,7 @@ def _joined(linear: Linear, pieces: list[Any], spec: QuantSpec) -> Done:
     data, scale = (torch.cat([p[k] for p in pieces]) for k in (0, 1))
     zero = None if pieces[0][2] is None else torch.cat([p[2] for p in pieces])
     facts: dict[str, Any] = dict(pieces[0][3])
-    for key in ("signal", "noise", "loss", "loss_nearest"):
+    for key in ("signal", "noise", "loss"):
         if key in facts:
             facts[key] = sum(p[3][key] for p in pieces)
     return Done(linear, QuantTensor(data, scale, zero, spec, "plain", linear.shape), facts)

@@ -26,10 +26,10 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from . import fidelity, heldout, report, walk
 from .methods.records import signal_and_noise
-from .pair import EMBEDDING, HEAD, Pair
+from .pair import Pair
 from .progress import Callback, Meter
 from .report import Module, Report
-from .walk import Linear
+from .walk import EMBEDDING, HEAD, Linear
 from .workers import Workers
 
 LEVELS = ("bytes", "weights", "blocks", "model")
@@ -47,7 +47,7 @@ def verify(
     src: str | os.PathLike[str],
     *,
     level: str = "weights",
-    text: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | heldout.HeldOut | None = None,
     tokens: int | None = None,
     said: Report | None = None,
     calibration_ids: torch.Tensor | None = None,
@@ -56,8 +56,9 @@ def verify(
 ) -> Report:
     """Compares the quantised checkpoint `dst` with its source. FormatError when one of them cannot be read at all.
 
-    text: held-out text for levels blocks and model, `tokens` of it at most. said: what report.json of `dst` will say,
-    while it is not written yet; calibration_ids: the windows [n, T] that were calibrated on, to be told from the text.
+    text: held-out text for levels blocks and model: a file, `tokens` of it at most, or what heldout.read made of one.
+    said: what report.json of `dst` will say, while it is not written yet; calibration_ids: the windows [n, T] that were
+    calibrated on, to be told from the text.
     work: where hidden states go that are too many for memory.
     """
     if level not in LEVELS:
@@ -68,8 +69,12 @@ def verify(
         )
     pair = Pair.open(dst, src, said)
     held_out = None
-    if text is not None and level in WITH_TEXT:
-        vocabulary = pair.source.info("model.embed_tokens.weight").shape[0]
+    if level not in WITH_TEXT or text is None:
+        pass
+    elif isinstance(text, heldout.HeldOut):
+        held_out = text
+    else:
+        vocabulary = pair.source.info(EMBEDDING).shape[0]
         window = fidelity.window_of(pair.source.config)
         held_out = heldout.read(os.fspath(text), pair.source.path, vocabulary, window, tokens)
     done = _files(pair, level, progress)

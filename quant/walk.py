@@ -17,6 +17,7 @@ from ..formats.spec import FormatError, QuantSpec
 from .recipe import Recipe, RecipeError, compiled
 
 Shape = tuple[int, ...]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (QKV, ("self_attn.o_proj",))
 DENSE_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
