@@ -68,6 +68,21 @@ def absent(body: Body) -> str | None:
     return body.op.body(body.name).absent(body.where)
 
 
+def only(*ops: str) -> Callable[[Callable], Callable]:
+    """A test for some ops; `pytest_generate_tests` reads it."""
+
+    def mark(test: Callable) -> Callable:
+        test.ops = ops  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def unserved(body: Body, dtype: torch.dtype) -> bool:
+    """Whether the interpreter stands in for a card, and has no such dtype."""
+    return body.name == "triton" and body.where == "cpu" and dtype == torch.bfloat16
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that take `body` run for every body that is here, tests that take `any_body` for all of them.
 

@@ -27,23 +27,11 @@ from percard.kernels.kv_append import cases as append_cases
 from percard.kernels.kv_append import kv_append
 from percard.kernels.op import Tape, Unsupported
 
+from .conftest import only, unserved
+
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 BOTH = ("kv_append", "attention_decode")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def only(*ops: str) -> Callable[[Callable], Callable]:
-    """A test for some ops; conftest.py reads it."""
-
-    def mark(test: Callable) -> Callable:
-        test.ops = ops  # type: ignore[attr-defined]
-        return test
-
-    return mark
-
-
-def unserved(body: Any, dtype: torch.dtype) -> bool:
-    return body.name == "triton" and body.where == "cpu" and dtype == BF16
 
 
 def attention(body: Any, seed: int, *case: Any) -> tuple[Any, ...]:

@@ -26,23 +26,11 @@ from percard.kernels.rmsnorm_quantize import rmsnorm_quantize
 from percard.kernels.silu_mul_quantize import cases as silu_cases
 from percard.kernels.silu_mul_quantize import silu_mul_quantize
 
+from .conftest import only, unserved
+
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 BOTH = ("rmsnorm_quantize", "silu_mul_quantize")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def only(*ops: str) -> Callable[[Callable], Callable]:
-    """A test for some ops; conftest.py reads it."""
-
-    def mark(test: Callable) -> Callable:
-        test.ops = ops  # type: ignore[attr-defined]
-        return test
-
-    return mark
-
-
-def unserved(body: Any, dtype: torch.dtype) -> bool:
-    return body.name == "triton" and body.where == "cpu" and dtype == BF16
 
 
 def draw(body: Any, m: int, k: int, seed: int, dtype: torch.dtype = FP16, residual: bool = True) -> tuple:
