@@ -292,9 +292,7 @@ def dequantize(
 def read(pages: KVPages, page: torch.Tensor, row: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 keys and values [n, Hkv, size] of the tokens in rows `row` of pages `page`, int64 [n]; `mu` is not added back."""
     found = []
-    for rows, words, bits in zip(
-        (pages.k, pages.v), pages.words, (pages.spec.k_bits, pages.spec.v_bits), strict=True
-    ):
+    for rows, words, bits in zip((pages.k, pages.v), pages.words, (pages.spec.k_bits, pages.spec.v_bits), strict=True):
         mine = rows[page, :, row]  # [n, Hkv, row]
         if words is None:
             found.append(mine.float())
@@ -327,7 +325,9 @@ def check_pages(
         least = row_length(bits, size) if bits != 4 else size // 2
         if rows.ndim != 4 or not right or rows.shape[:3] != k.shape[:3] or rows.shape[3] < least:
             found = f"{rows.dtype} {tuple(rows.shape)}"
-            raise FormatError(f"{op}: the pages of {name} are {found}, expected {kind} [pages, Hkv, P, {least}] for {form}")
+            raise FormatError(
+                f"{op}: the pages of {name} are {found}, expected {kind} [pages, Hkv, P, {least}] for {form}"
+            )
         if bits == 16 and (rows.shape[3] != size or rows.dtype != k.dtype):
             found = f"{k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
             raise FormatError(f"{op}: the pages are {found}, expected k and v alike, [pages, Hkv, P, {size}]")

@@ -132,7 +132,9 @@ def check(op: str, a: Attention) -> None:
     if a.lengths.dtype != torch.int32 or a.table.dtype != torch.int32:
         raise ValueError(f"{op}: lengths is {a.lengths.dtype} and table {a.table.dtype}, expected int32 for both")
     for name, starts in (("q_starts", a.q_starts), ("table_starts", a.table_starts)):
-        right = starts is None or (starts.dtype == torch.int32 and starts.shape == (batch + 1,) and starts.is_contiguous())
+        right = starts is None or (
+            starts.dtype == torch.int32 and starts.shape == (batch + 1,) and starts.is_contiguous()
+        )
         if starts is not None and not right:
             found = f"{starts.dtype} {tuple(starts.shape)}"
             raise ValueError(f"{op}: {name} is {found}, expected contiguous int32 {(batch + 1,)}")
@@ -143,9 +145,13 @@ def check(op: str, a: Attention) -> None:
     if a.q_bits not in (8, 16):
         raise ValueError(f"{op}: q_bits is {a.q_bits}, expected 8 or 16")
     if a.window == 0 or a.window < -1 or a.softcap < 0:
-        raise ValueError(f"{op}: window {a.window} and softcap {a.softcap}, expected a window of 1 or more (-1: none), softcap >= 0")
+        raise ValueError(
+            f"{op}: window {a.window} and softcap {a.softcap}, expected a window of 1 or more (-1: none), softcap >= 0"
+        )
     check_place(op, a.q, k_pages=a.k_pages, v_pages=a.v_pages, k_scales=a.k_scales, v_scales=a.v_scales, mu=a.mu)
-    check_place(op, a.q, table=a.table, table_starts=a.table_starts, lengths=a.lengths, q_starts=a.q_starts, sinks=a.sinks)
+    check_place(
+        op, a.q, table=a.table, table_starts=a.table_starts, lengths=a.lengths, q_starts=a.q_starts, sinks=a.sinks
+    )
 
 
 def _check_table(op: str, a: Attention, batch: int, page: int) -> None:
@@ -245,7 +251,10 @@ def tolerance(want: Outputs, a: Attention) -> Outputs:
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[a.q.dtype]
     if a.quantised:
         rounding = 2.0**-8
-    reach, spread = a.q.new_zeros(a.q.shape, dtype=torch.float32), a.q.new_zeros((*a.q.shape[:2], 1), dtype=torch.float32)
+    reach, spread = (
+        a.q.new_zeros(a.q.shape, dtype=torch.float32),
+        a.q.new_zeros((*a.q.shape[:2], 1), dtype=torch.float32),
+    )
     for s in sequences(a):
         if not s.v.shape[1]:
             continue
@@ -276,7 +285,16 @@ def dtype_codes(a: Attention) -> tuple[int, ...]:
     pages = DTYPE_CODES.get(a.k_pages.dtype, 0)
     words = 0 if a.k_scales is None else DTYPE_CODES[a.k_scales.dtype]
     nibbles, zeros = int(form.nibbles == "pairs"), ("offset", "zero", "mantissa").index(form.zeros)
-    return (DTYPE_CODES[a.q.dtype], pages, form.spec.k_bits, form.spec.v_bits, int(form.spec.symmetric), nibbles, zeros, words)
+    return (
+        DTYPE_CODES[a.q.dtype],
+        pages,
+        form.spec.k_bits,
+        form.spec.v_bits,
+        int(form.spec.symmetric),
+        nibbles,
+        zeros,
+        words,
+    )
 
 
 def strides(t: Any, n: int) -> tuple[int, ...]:

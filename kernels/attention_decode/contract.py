@@ -1,3 +1,12 @@
+"""attention_decode(q, pages, table, lengths, max_kv_len, max_q_len=1, scale=None, deterministic=False, with_lse=False,
+q_starts=None, window=-1, sinks=None, softcap=0.0, splits=0, q_bits=8, table_starts=None) -> (out, lse).
+
+B sequences of n = max_q_len fresh tokens each, or of q_starts[b + 1] - q_starts[b] of them; S cached tokens, the fresh ones included.
+q, out [T, Hq, D] bf16 | fp16 | fp32, any strides of q with the last 1. pages: KVPages, of that type when they are not quantised.
+table int32 [B, at least max_kv_len / P] (with table_starts int32 [B + 1]: its rows one after another), lengths int32 [B], at most
+max_kv_len. lse fp32 [T, Hq], natural log; [T, 0] unless asked for.
+"""
+
 from __future__ import annotations
 
 from typing import Any
