@@ -110,8 +110,9 @@ def blank(case: AttentionCase) -> tuple[Any, ...]:
     per, batch = pages_of(case.keys, case.page), len(case.lengths)
     pages = [empty(batch * per, case.kv_heads, case.page, case.k, dtype=case.dtype) for _ in range(2)]
     q, table = empty(case.m, case.heads, case.k, dtype=case.dtype), empty(batch, per, dtype=torch.int32)
-    sizes = (case.k**-0.5, case.tokens, case.keys, case.deterministic, False)
-    return q, *pages, table, empty(batch, dtype=torch.int32), *sizes, "bf16"
+    plain = (None, None, None, table, None, empty(batch, dtype=torch.int32), None, None)
+    sizes = (case.k**-0.5, case.tokens, case.keys, -1, 0.0, 8, case.deterministic, False)
+    return q, *pages, *plain, *sizes, "bf16", 0
 
 
 def problems(expect: Expect) -> list[Case]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
+from ..attention import Attention
 from ..device import Card
 from ..tiles import FUSION, Launch, runner
 from . import contract
@@ -218,28 +219,31 @@ config_for = tuning.finder(
 
 def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract.Outputs, list[Launch]]:
     """Outputs, and the kernels that fill them; partial results lie in two workspaces, fp32 [splits, T * Hq, D + 1]."""
-    q, k_pages, v_pages, table, lengths, scale, q_len, keys, deterministic, with_lse, _ = flat
+    a, wanted = Attention(*flat[:-1]), flat[-1]
     out, lse = contract.out_like(*flat)
-    (tokens, heads, size), (kv_heads, page) = q.shape, k_pages.shape[1:3]
-    batch, rows = tokens // q_len, tokens * heads
+    (tokens, heads, size), (kv_heads, page) = a.q.shape, a.k_pages.shape[1:3]
+    q_len, rows = a.max_q_len, tokens * heads
     # The shape's own batch, not its bucket's: splits follow from it, and a grid must hold every key.
-    shape = Shape(batch, q_len, heads, kv_heads, size, page, keys, deterministic, q.dtype)
+    shape = Shape(a.batch, q_len, heads, kv_heads, size, page, a.max_kv_len, a.deterministic, a.q.dtype)
     config = config or config_for(shape, card)
+    if wanted and not config.fixed:
+        config = replace(config, splits=wanted)
     many = config.splits > 1
-    full_lse = lse if with_lse else q.new_empty((tokens, heads), dtype=torch.float32)
+    full_lse = lse if a.with_lse else a.q.new_empty((tokens, heads), dtype=torch.float32)
     o, part = out, full_lse
     if many:
-        o = q.new_empty((config.splits, rows, size), dtype=torch.float32)
-        part = q.new_empty((config.splits, rows), dtype=torch.float32)
+        o = a.q.new_empty((config.splits, rows, size), dtype=torch.float32)
+        part = a.q.new_empty((config.splits, rows), dtype=torch.float32)
     wide = triton.next_power_of_2(size)
-    tiles = -(-q_len * heads // kv_heads // config.block_m)
-    strides = (tuple(q.stride()[:2]), tuple(k_pages.stride()[:3]), tuple(v_pages.stride()[:3]), table.stride(0))
-    args = (q, k_pages, v_pages, table, lengths, o, part, scale * LOG2E, heads, rows, config.splits, *strides)
-    flags = {"Q_LEN": q_len, "GROUP": heads // kv_heads, "D": size, "PAGE": page}
+    tiles = -(-q_len * a.group // config.block_m)
+    strides = (tuple(a.q.stride()[:2]), tuple(a.k_pages.stride()[:3]), tuple(a.v_pages.stride()[:3]), a.table.stride(0))
+    pointers = (a.q, a.k_pages, a.v_pages, a.table, a.lengths, o, part)
+    args = (*pointers, a.scale * LOG2E, heads, rows, config.splits, *strides)
+    flags = {"Q_LEN": q_len, "GROUP": a.group, "D": size, "PAGE": page}
     flags |= {"MANY": many, "FIXED": config.fixed}
     flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": wide}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FUSION}
-    grid, step = (batch * tiles, kv_heads, config.splits), (2 * config.block_n, wide)
+    grid, step = (a.batch * tiles, kv_heads, config.splits), (2 * config.block_n, wide)
     launches = [Launch(attention_decode_kernel, grid, args, flags | options, step)]
     if many:
         sizes = {"D": size, "BLOCK_D": wide, "num_warps": 2, "enable_fp_fusion": FUSION}
