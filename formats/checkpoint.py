@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .header import TensorInfo, read_header, read_json
+from .kv_layers import FILES as KV_FILES
 from .spec import FormatError
 from .writer import INDEX, MARKER, Writer
 
@@ -174,6 +175,8 @@ def _sort_files(folder: Path) -> tuple[list[Path], list[Path], list[str]]:
             continue
         for name in sorted(files):
             path = here / name
+            if name in KV_FILES:  # a calibration of this very checkpoint's cache: no weights, and nothing for a copy
+                continue
             if name.endswith(".safetensors") and here == folder:
                 shards.append(name)
             elif name.endswith((".safetensors.index.json", *_PICKLES)) or ".bin.index" in name:
