@@ -35,6 +35,8 @@ from .weights import Block, Weight, Weights
 HEADS = ("16bit", "int8-row")
 # (what the qkv product gave [B, T, (H + 2 kv_heads) D], the block, its number) -> [B, T, H D]
 Attend = Callable[[torch.Tensor, Block, int], torch.Tensor]
+# (q [B, H, T, D], k and v [B, kv_heads, T, D] as they go into a cache, the block's number) -> [B, H, T, D]
+Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 # (x [..., K], weight [N, K], bias [N] or None) -> [..., N]
 Matmul = Callable[..., torch.Tensor]
@@ -145,10 +147,13 @@ def _swiglu_matmul(
     return matmul(mixed, w, bias, tape=tape)
 
 
-def causal(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, cache: Cache | None = None) -> Attend:
+def causal(
+    config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, cache: Cache | None = None, mix: Mix | None = None
+) -> Attend:
     """Attention of T tokens to themselves and those before, from position 0 on; padding must be on the right.
 
-    By torch's own steps, as long rows have them. `cache`, an empty one, is left with the keys and values.
+    By torch's own steps, as long rows have them. `cache`, an empty one, is left with the keys and values. `mix` attends
+    in torch's place: a measurement that looks at keys and values, or changes them.
     """
     cos, sin = spread(cos_sin, dtype)  # [T, 1, D]
     slots = None if cache is None else cache.prompt_slots(cos_sin.shape[0])
@@ -164,7 +169,10 @@ def causal(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, cache: Cac
         if cache is not None and slots is not None:
             kv_append(k.flatten(0, 1), v.flatten(0, 1), cache.pages[layer], slots)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != config.kv_heads)
+        if mix is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != config.kv_heads)
+        else:
+            out = mix(q, k, v, layer)
         return out.transpose(1, 2).flatten(2)
 
     return attend
