@@ -50,7 +50,7 @@ def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(a, ExpertsTensor):
             return repack_experts(a, op.contract.PACKINGS[impl][a.spec.weight_bits])
         if isinstance(a, KVPages) and hasattr(op.contract, "written"):  # each body writes into pages of its own
-            return replace(a, k=_twin(a.k), v=_twin(a.v))
+            return replace(a, k=_twin(a.k), v=_twin(a.v), scales=None if a.scales is None else _twin(a.scales))
         return repack(a, packing) if packing and isinstance(a, QuantTensor) else a
 
     return tuple(ready(a) for a in args)

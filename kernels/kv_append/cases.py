@@ -100,7 +100,7 @@ def blank(case: AppendCase) -> tuple[Any, ...]:
     pages = [empty(count, case.kv_heads, case.page, case.k, dtype=case.dtype) for _ in range(2)]
     slots = empty(case.m, dtype=torch.int64)
     weight, table = empty(case.k, dtype=case.dtype), empty(4096, case.k)
-    return k, v, *pages, slots, q, slots, table, weight, weight, EPS, "bf16"
+    return k, v, *pages, None, None, slots, q, slots, table, weight, weight, EPS, "bf16"
 
 
 def problems(expect: Expect) -> list[Case]:

@@ -1,18 +1,19 @@
 """kv_append(k, v, pages, slots, q, positions, cos_sin, q_weight, k_weight, eps) -> q_out. T tokens, D numbers of a head.
 
-k, v [T, Hkv, D] bf16 | fp16 | fp32, q [T, Hq, D] or None alike: any strides with the last 1. pages: KVPages of that type, in
-place. slots int64 [T] = page * P + row, below 0 skips. positions int64 [T] and cos_sin fp32 [max_pos, D], cosines of the D / 2
-pairs, then their sines: both or neither. q_weight, k_weight [D] alike: norms of a head, both or neither. q_out is contiguous
-[T, Hq, D], [T, 0, D] without q.
+k, v [T, Hkv, D] bf16 | fp16 | fp32, q [T, Hq, D] or None alike: any strides with the last 1. pages: KVPages in place, of that type
+where numbers stay as they are; scales fp16 [pages, Hkv, P, C], any strides. slots int64 [T] = page * P + row, below 0 skips.
+positions int64 [T] and cos_sin fp32 [max_pos, D], cosines of the D / 2 pairs, then their sines: both or neither. q_weight, k_weight
+[D] alike: norms of a head, both or neither. q_out is contiguous [T, Hq, D], [T, 0, D] without q.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...formats.kvcache import KVPages, check_pages
+from ...formats.kvcache import KVPages, check_pages, parse_form
+from ...formats.spec import FormatError
 from ..op import DTYPE_CODES, Cost, pointer, rows_contiguous
 from ..weight import check_place, ulp
 from .reference import prepared
@@ -20,13 +21,29 @@ from .reference import prepared
 OP = "kv_append"
 MOST = 256  # numbers of a head
 SCHEMA = (
-    "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, Tensor? q, Tensor? positions,"
-    " Tensor? cos_sin, Tensor? q_weight, Tensor? k_weight, float eps, str spec) -> Tensor"
+    "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? scales, Tensor? mu, Tensor slots, Tensor? q,"
+    " Tensor? positions, Tensor? cos_sin, Tensor? q_weight, Tensor? k_weight, float eps, str form) -> Tensor"
 )
 Maybe = torch.Tensor | None
-Flat = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, float, str
-]
+
+
+class Append(NamedTuple):
+    """The flat arguments, in the order of SCHEMA."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    scales: Maybe
+    mu: Maybe
+    slots: torch.Tensor
+    q: Maybe
+    positions: Maybe
+    cos_sin: Maybe
+    q_weight: Maybe
+    k_weight: Maybe
+    eps: float
+    form: str
 
 
 def unwrap(
@@ -40,42 +57,58 @@ def unwrap(
     q_weight: Maybe = None,
     k_weight: Maybe = None,
     eps: float = 1e-6,
-) -> Flat:
+) -> Append:
+    if pages.v_scales is not None:
+        raise FormatError(f"{OP}: scale words of K and V lie apart, as another engine has them; write into new_pages")
     q = None if q is None else rows_contiguous(q)
     rows = rows_contiguous(k), rows_contiguous(v)
-    return (*rows, pages.k, pages.v, slots, q, positions, cos_sin, q_weight, k_weight, float(eps), str(pages.spec))
+    held = pages.k, pages.v, pages.scales, pages.mu
+    return Append(*rows, *held, slots, q, positions, cos_sin, q_weight, k_weight, float(eps), pages.form)
 
 
-def check(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slots: torch.Tensor,
-    q: Maybe,
-    positions: Maybe,
-    cos_sin: Maybe,
-    q_weight: Maybe,
-    k_weight: Maybe,
-    eps: float,
-    spec: str,
-) -> None:
-    check_pages(OP, k_pages, v_pages, spec)
-    heads, size, dtype = k_pages.shape[1], k_pages.shape[3], k.dtype
-    if dtype not in DTYPE_CODES or dtype != k_pages.dtype:
-        raise ValueError(f"{OP}: k is {dtype}, the pages {k_pages.dtype}; expected one float type for both")
+def check(*flat: Any) -> None:
+    a = Append(*flat)
+    if a.k.ndim != 3:
+        raise ValueError(f"{OP}: k has shape {tuple(a.k.shape)}, expected [T, Hkv, D]")
+    size, dtype = a.k.shape[2], a.k.dtype
+    _check_held(a, size)
+    heads, tokens = a.k_pages.shape[1], a.k.shape[0]
+    if dtype not in DTYPE_CODES or (a.scales is None and dtype != a.k_pages.dtype):
+        raise ValueError(f"{OP}: k is {dtype}, the pages {a.k_pages.dtype}; expected one float type for both")
     if size > MOST:
         raise ValueError(f"{OP}: a head has {size} numbers, expected at most {MOST}")
-    tokens = k.shape[0] if k.ndim else 0
-    for name, rows in (("k", k), ("v", v)):
+    for name, rows in (("k", a.k), ("v", a.v)):
         if rows.shape != (tokens, heads, size) or rows.dtype != dtype or rows.stride(2) != 1:
             found = f"{rows.dtype} {tuple(rows.shape)}"
             raise ValueError(f"{OP}: {name} is {found}, expected {dtype} [T, {heads}, {size}] as the pages have it")
+    q = a.q
     if q is not None and (
         q.ndim != 3 or q.shape[::2] != (tokens, size) or q.shape[1] % heads or q.dtype != dtype or q.stride(2) != 1
     ):
         found = f"{q.dtype} {tuple(q.shape)}"
         raise ValueError(f"{OP}: q is {found}, expected {dtype} [{tokens}, a multiple of {heads}, {size}]")
+    _check_tokens(a, tokens, size, dtype)
+    check_place(OP, a.k, v=a.v, k_pages=a.k_pages, v_pages=a.v_pages, scales=a.scales, mu=a.mu, slots=a.slots, q=q)
+    check_place(OP, a.k, positions=a.positions, cos_sin=a.cos_sin, q_weight=a.q_weight, k_weight=a.k_weight)
+
+
+def _check_held(a: Append, size: int) -> None:
+    """The pages: ours, of one spec, with the plane of scales it has."""
+    spec, nibbles, zeros = parse_form(a.form)
+    if nibbles != "halves" or zeros != "offset":
+        raise FormatError(f"{OP}: pages {a.form!r} are another engine's and are only read; write into new_pages")
+    if a.scales is not None and spec.quantised:
+        wanted = (*a.k_pages.shape[:3], spec.channels)
+        if a.scales.dtype != torch.float16 or a.scales.shape != wanted:
+            found = f"{a.scales.dtype} {tuple(a.scales.shape)}"
+            raise FormatError(f"{OP}: the scales are {found}, expected float16 {wanted} for {a.form}")
+    # both have words of the same plane, of at least as many numbers as either has: no slices on the way
+    check_pages(OP, a.k_pages, a.v_pages, a.scales, a.scales, a.mu, a.form, size)
+
+
+def _check_tokens(a: Append, tokens: int, size: int, dtype: torch.dtype) -> None:
+    """Slots, positions, weights."""
+    slots, positions, cos_sin = a.slots, a.positions, a.cos_sin
     if slots.dtype != torch.int64 or slots.shape != (tokens,) or not slots.is_contiguous():
         raise ValueError(f"{OP}: slots is {slots.dtype} {tuple(slots.shape)}, expected contiguous int64 {(tokens,)}")
     if (positions is None) != (cos_sin is None):
@@ -88,38 +121,43 @@ def check(
         if cos_sin.dtype != torch.float32 or not right:
             found = f"{cos_sin.dtype} {tuple(cos_sin.shape)}"
             raise ValueError(f"{OP}: cos_sin is {found}, expected contiguous float32 [max_pos, {size}]")
-    if q is not None and (q_weight is None) != (k_weight is None):
+    if a.q is not None and (a.q_weight is None) != (a.k_weight is None):
         raise ValueError(f"{OP}: q_weight and k_weight come together, or neither does")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+    for name, weight in (("q_weight", a.q_weight), ("k_weight", a.k_weight)):
         if weight is not None and (weight.dtype != dtype or weight.shape != (size,) or not weight.is_contiguous()):
             found = f"{weight.dtype} {tuple(weight.shape)}"
             raise ValueError(f"{OP}: {name} is {found}, expected contiguous {dtype} {(size,)}")
-    check_place(OP, k, v=v, k_pages=k_pages, v_pages=v_pages, slots=slots, q=q, positions=positions, cos_sin=cos_sin)
-    check_place(OP, k, q_weight=q_weight, k_weight=k_weight)
 
 
 def out_like(*flat: Any) -> torch.Tensor:
-    k, q = flat[0], flat[5]
-    return torch.empty((k.shape[0], 0 if q is None else q.shape[1], k.shape[2]), dtype=k.dtype, device=k.device)
+    a = Append(*flat)
+    heads = 0 if a.q is None else a.q.shape[1]
+    return torch.empty((a.k.shape[0], heads, a.k.shape[2]), dtype=a.k.dtype, device=a.k.device)
 
 
 def written(*flat: Any) -> tuple[torch.Tensor, ...]:
-    """What a call changes in place: k_pages and v_pages."""
-    return flat[2], flat[3]
+    """What a call changes in place: k_pages, v_pages, and the scales where there are any."""
+    a = Append(*flat)
+    return (a.k_pages, a.v_pages) if a.scales is None else (a.k_pages, a.v_pages, a.scales)
 
 
 def cost(*flat: Any) -> Cost:
-    k, q = flat[0], flat[5]
-    rows = 2 * k.numel() + (0 if q is None else q.numel())
-    return Cost(flops=8 * rows, bytes=2 * rows * k.element_size() + 8 * k.shape[0])
+    """Rows are read once and written once: queries in their type, keys and values as the pages hold them."""
+    a = Append(*flat)
+    read = 2 * a.k.numel() + (0 if a.q is None else a.q.numel())
+    kept = a.k.shape[0] * parse_form(a.form).spec.bytes_per_token(a.k.shape[2], a.k.shape[1], a.k.dtype)
+    out = 0 if a.q is None else a.q.numel() * a.q.element_size()
+    return Cost(flops=8 * read, bytes=read * a.k.element_size() + out + kept + 8 * a.k.shape[0])
 
 
 def native(out: torch.Tensor, *flat: Any) -> tuple[int | float, ...]:
-    k, v, k_pages, v_pages, slots, q, positions, cos_sin, q_weight, k_weight, eps, _ = flat
-    pointers = (pointer(t) for t in (k, v, k_pages, v_pages, slots, q, out, positions, cos_sin, q_weight, k_weight))
+    a = Append(*flat)
+    k, v, q, k_pages, v_pages = a.k, a.v, a.q, a.k_pages, a.v_pages
+    held = (k, v, k_pages, v_pages, a.slots, q, out, a.positions, a.cos_sin, a.q_weight, a.k_weight)
     sizes = (k.shape[0], 0 if q is None else q.shape[1], *k_pages.shape[1:2], k.shape[2], k_pages.shape[2])
     strides = (*k.stride()[:2], *v.stride()[:2], *((0, 0) if q is None else q.stride()[:2]))
-    return (*pointers, *sizes, *strides, *k_pages.stride()[:3], *v_pages.stride()[:3], DTYPE_CODES[k.dtype], eps)
+    strides = (*strides, *k_pages.stride()[:3], *v_pages.stride()[:3])
+    return (*(pointer(t) for t in held), *sizes, *strides, DTYPE_CODES[k.dtype], a.eps)
 
 
 def tolerance(want: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
@@ -127,25 +165,25 @@ def tolerance(want: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
 
     A turned number is a sum of two products, so what counts is the size of both, not of their sum.
     """
-    k, _, k_pages, v_pages, slots, q, _, _, q_weight, k_weight, eps, _ = flat
+    a = Append(*flat)
     q_out, k_want, _ = want
 
     def off(x: torch.Tensor, weight: Maybe, got: torch.Tensor) -> torch.Tensor:
-        pair = prepared(x, weight, eps, None, None).abs()
+        pair = prepared(x, weight, a.eps, None, None).abs()
         pair = pair + pair.roll(x.shape[-1] // 2, -1)
         return ulp(got) + 2.0**-20 * pair.to(got.device)
 
-    turned = torch.zeros_like(q_out, dtype=torch.float32) if q is None else off(q, q_weight, q_out)
-    rows, live = torch.zeros_like(k_want, dtype=torch.float32), slots >= 0
-    at = slots[live]
-    page, row = at // k_pages.shape[2], at % k_pages.shape[2]
-    rows[page, :, row] = off(k[live], k_weight, k_want[page, :, row])
-    return turned, rows, torch.zeros_like(v_pages, dtype=torch.float32)
+    turned = torch.zeros_like(q_out, dtype=torch.float32) if a.q is None else off(a.q, a.q_weight, q_out)
+    rows, live = torch.zeros_like(k_want, dtype=torch.float32), a.slots >= 0
+    at = a.slots[live]
+    page, row = at // a.k_pages.shape[2], at % a.k_pages.shape[2]
+    rows[page, :, row] = off(a.k[live], a.k_weight, k_want[page, :, row])
+    return turned, rows, torch.zeros_like(a.v_pages, dtype=torch.float32)
 
 
 def triton_takes(*flat: Any) -> str | None:
-    return None
+    return None if flat[4] is None else "does not write quantised pages yet; use impl='reference'"
 
 
 def cpu_takes(*flat: Any) -> str | None:
-    return None
+    return None if flat[4] is None else "does not write quantised pages yet; use impl='reference'"

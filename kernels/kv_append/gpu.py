@@ -144,7 +144,7 @@ config_for = tuning.finder(
 
 def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Tensor, list[Launch]]:
     """q_out, and the kernel that fills it and the slots."""
-    k, v, k_pages, v_pages, slots, q, positions, cos_sin, q_weight, k_weight, eps, _ = flat
+    k, v, k_pages, v_pages, _, _, slots, q, positions, cos_sin, q_weight, k_weight, eps, _ = flat
     out = contract.out_like(*flat)
     tokens, kv_heads, size = k.shape
     heads = 0 if q is None else q.shape[1]
