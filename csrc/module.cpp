@@ -1,7 +1,9 @@
 // Bindings only. Addresses come as integers, 0 for none; kernels/op.py has checked what they point to.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <string>
 
 #define PERCARD_ISA scalar
@@ -114,36 +116,64 @@ void kv_append(Address k, Address v, Address k_pages, Address v_pages, Address s
                      static_cast<float>(eps)});
 }
 
-void attention_decode(Address q, Address k_pages, Address v_pages, Address table, Address lengths, Address out,
-                      Address lse, int64_t batch, int64_t q_len, int64_t heads, int64_t kv_heads, int64_t size,
-                      int64_t page, int64_t max_kv_len, int64_t stride_qt, int64_t stride_qh, int64_t stride_kp,
-                      int64_t stride_kh, int64_t stride_kr, int64_t stride_vp, int64_t stride_vh, int64_t stride_vr,
-                      int64_t stride_tb, int dtype, double scale) {
-    ops().attention_decode({at<void>(q),
-                            at<void>(k_pages),
-                            at<void>(v_pages),
-                            at<int32_t>(table),
-                            at<int32_t>(lengths),
-                            at<void>(out),
-                            at<float>(lse),
-                            batch,
-                            q_len,
-                            heads,
-                            kv_heads,
-                            size,
-                            page,
-                            max_kv_len,
-                            stride_qt,
-                            stride_qh,
-                            stride_kp,
-                            stride_kh,
-                            stride_kr,
-                            stride_vp,
-                            stride_vh,
-                            stride_vr,
-                            stride_tb,
-                            dtype,
-                            static_cast<float>(scale)});
+// The pages of an attention: addresses of k, v, their scales and mu; heads, size and page; strides; types and forms.
+KvPages pages_of(const Address* from, const int64_t* sizes, const int64_t* strides, const int* form) {
+    KvPages pages{at<void>(from[0]),
+                  at<void>(from[1]),
+                  at<void>(from[2]),
+                  at<void>(from[3]),
+                  at<float>(from[4]),
+                  sizes[0],
+                  sizes[1],
+                  sizes[2],
+                  {},
+                  {},
+                  {},
+                  {},
+                  form[0],
+                  form[1],
+                  form[2],
+                  form[3],
+                  form[4],
+                  form[5],
+                  form[6]};
+    for (int i = 0; i < 3; ++i) {
+        pages.k_strides[i] = strides[i];
+        pages.v_strides[i] = strides[3 + i];
+    }
+    for (int i = 0; i < 4; ++i) {
+        pages.k_scale_strides[i] = strides[6 + i];
+        pages.v_scale_strides[i] = strides[10 + i];
+    }
+    return pages;
+}
+
+// In the order of contract.native: q, pages, table ..; batch ..; strides of q, of pages, of the table; types and forms.
+void attention_decode(const std::array<Address, 13>& pointers, const std::array<int64_t, 8>& sizes,
+                      const std::array<int64_t, 17>& strides, const std::array<int, 9>& form, double scale,
+                      double softcap, int64_t splits) {
+    ops().attention_decode({pages_of(&pointers[1], &sizes[3], &strides[2], &form[1]),
+                            at<void>(pointers[0]),
+                            at<int32_t>(pointers[6]),
+                            at<int32_t>(pointers[7]),
+                            at<int32_t>(pointers[8]),
+                            at<int32_t>(pointers[9]),
+                            at<float>(pointers[10]),
+                            at<void>(pointers[11]),
+                            at<float>(pointers[12]),
+                            sizes[0],
+                            sizes[1],
+                            sizes[2],
+                            sizes[6],
+                            sizes[7],
+                            strides[0],
+                            strides[1],
+                            strides[16],
+                            form[0],
+                            form[8],
+                            static_cast<float>(scale),
+                            static_cast<float>(softcap),
+                            splits});
 }
 
 int isa_of(const std::string& name) {
@@ -199,10 +229,8 @@ NB_MODULE(_cpu, module) {
                "page"_a, "stride_kt"_a, "stride_kth"_a, "stride_vt"_a, "stride_vth"_a, "stride_qt"_a, "stride_qh"_a,
                "stride_kp"_a, "stride_kh"_a, "stride_kr"_a, "stride_vp"_a, "stride_vh"_a, "stride_vr"_a, "dtype"_a,
                "eps"_a, nogil());
-    module.def("attention_decode", &percard::attention_decode, "q"_a, "k_pages"_a, "v_pages"_a, "table"_a, "lengths"_a,
-               "out"_a, "lse"_a, "batch"_a, "q_len"_a, "heads"_a, "kv_heads"_a, "size"_a, "page"_a, "max_kv_len"_a,
-               "stride_qt"_a, "stride_qh"_a, "stride_kp"_a, "stride_kh"_a, "stride_kr"_a, "stride_vp"_a, "stride_vh"_a,
-               "stride_vr"_a, "stride_tb"_a, "dtype"_a, "scale"_a, nogil());
+    module.def("attention_decode", &percard::attention_decode, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
+               "scale"_a, "softcap"_a, "splits"_a, nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
                "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
     module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");

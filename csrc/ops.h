@@ -133,19 +133,40 @@ struct KvAppend {
     float eps;
 };
 
-// out = softmax(scale * q k^T) v over the pages of each sequence; token i of q_len sees keys 0 .. length - q_len + i
+// Pages of one layer, as formats/kvcache.py has them. Strides: of a page, a head, a row, and of a number of a scale
+// word.
+struct KvPages {
+    const void* k;         // dtype, int8, or uint8 with two 4-bit numbers, by k_bits
+    const void* v;         // the same, by v_bits
+    const void* k_scales;  // words [pages, heads, page, 1 or 2]: scale, offset; null for 16 bits
+    const void* v_scales;  // the same
+    const float* mu;       // [heads, size] or null
+    int64_t heads, size, page;
+    int64_t k_strides[3], v_strides[3], k_scale_strides[4], v_scale_strides[4];
+    int dtype, k_bits, v_bits;
+    int symmetric;  // 4-bit numbers are u - 8
+    int nibbles;    // 0: byte j = x[j] | x[j + size / 2] << 4, 1: x[2 j] | x[2 j + 1] << 4
+    int zeros;      // x = u * scale + offset (0), (u - offset) * scale (1), (u - low 4 bits of the scale) * scale (2)
+    int words;      // dtype of scale words
+};
+
+// kernels/attention.py has the formula. Token i of n of a sequence of S keys sees the last `window` of keys 0 .. S - n
+// + i.
 struct AttentionDecode {
-    const void* q;        // dtype [batch * q_len, heads, size]
-    const void* k_pages;  // dtype [pages, kv_heads, page, size], as v_pages
-    const void* v_pages;
-    const int32_t* table;    // [batch, >= max_kv_len / page], rows stride_tb apart
-    const int32_t* lengths;  // [batch], the fresh tokens included
-    void* out;               // dtype [batch * q_len, heads, size]
-    float* lse;              // [batch * q_len, heads] or null
-    int64_t batch, q_len, heads, kv_heads, size, page, max_kv_len;
-    int64_t stride_qt, stride_qh, stride_kp, stride_kh, stride_kr, stride_vp, stride_vh, stride_vr, stride_tb;
-    int dtype;
-    float scale;
+    KvPages pages;
+    const void* q;                // q_dtype [tokens, heads, size], of a token and a head stride_qt and stride_qh apart
+    const int32_t* table;         // [batch, >= max_kv_len / page], rows stride_tb apart
+    const int32_t* table_starts;  // [batch + 1]: row b of the table starts there; or null
+    const int32_t* lengths;       // [batch], the fresh tokens included
+    const int32_t* q_starts;      // [batch + 1]: tokens of sequence b; or null: max_q_len of each
+    const float* sinks;           // [heads] or null
+    void* out;                    // q_dtype [tokens, heads, size]
+    float* lse;                   // [tokens, heads] or null
+    int64_t batch, max_q_len, heads, max_kv_len, window;  // window -1: none
+    int64_t stride_qt, stride_qh, stride_tb;
+    int q_dtype, q_bits;  // 8: queries are rounded over quantised pages
+    float scale, softcap;
+    int64_t splits;  // of a sequence; 0: chunks of one length, whatever the sequence
 };
 
 // The bodies of one ISA.

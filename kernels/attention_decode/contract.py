@@ -85,16 +85,17 @@ def chunk(length: int, splits: int) -> int:
     return max(LEAST_CHUNK, tiles * TILE)
 
 
-def native(out: Outputs, *flat: Any) -> tuple[int | float, ...]:
+def native(out: Outputs, *flat: Any) -> tuple[Any, ...]:
+    """Addresses, sizes, strides, types and forms, each as one tuple; then scale, softcap, splits."""
     a = Attention(*flat[:-1])
     given = (a.q, a.k_pages, a.v_pages, a.k_scales, a.v_scales, a.mu, a.table, a.table_starts, a.lengths, a.q_starts)
-    pointers = (pointer(t) for t in (*given, a.sinks, out[0], out[1] if a.with_lse else None))
+    pointers = tuple(pointer(t) for t in (*given, a.sinks, out[0], out[1] if a.with_lse else None))
     heads, page = a.k_pages.shape[1:3]
     sizes = (a.batch, a.max_q_len, a.q.shape[1], heads, a.q.shape[2], page, a.max_kv_len, a.window)
     steps = (*a.q.stride()[:2], *a.k_pages.stride()[:3], *a.v_pages.stride()[:3])
     steps += (*attention.strides(a.k_scales, 4), *attention.strides(a.v_scales, 4))
     row = 0 if a.table_starts is not None else a.table.stride(0)
-    return (*pointers, *sizes, *steps, row, *attention.dtype_codes(a), a.q_bits, a.scale, a.softcap)
+    return pointers, sizes, (*steps, row), (*attention.dtype_codes(a), a.q_bits), a.scale, a.softcap, flat[-1]
 
 
 def tolerance(want: Outputs, *flat: Any) -> Outputs:
@@ -117,4 +118,13 @@ def triton_takes(*flat: Any) -> str | None:
 
 
 def cpu_takes(*flat: Any) -> str | None:
+    a = Attention(*flat[:-1])
+    if a.quantised:
+        return f"pages of {a.form} are not built yet; use impl='reference'"
+    for name, asked in (
+        ("window", a.window > 0), ("sinks", a.sinks is not None), ("softcap", a.softcap != 0.0),
+        ("q_starts", a.q_starts is not None), ("table_starts", a.table_starts is not None), ("splits", flat[-1] > 0),
+    ):  # fmt: skip
+        if asked:
+            return f"{name} is not built yet; use impl='reference'"
     return None

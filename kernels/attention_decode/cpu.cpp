@@ -41,10 +41,10 @@ struct Tile {
 };
 
 PERCARD_INLINE Tile tile_at(const AttentionDecode& a, int64_t b, int64_t h, int64_t first, int64_t last) {
-    const int64_t page = a.table[b * a.stride_tb + first / a.page], r = first % a.page;
-    const int64_t count = min_of(min_of(a.page - r, kTile), last - first);
-    return {page * a.stride_kp + h * a.stride_kh + r * a.stride_kr,
-            page * a.stride_vp + h * a.stride_vh + r * a.stride_vr, first, count};
+    const int64_t page = a.table[b * a.stride_tb + first / a.pages.page], r = first % a.pages.page;
+    const int64_t count = min_of(min_of(a.pages.page - r, kTile), last - first);
+    return {page * a.pages.k_strides[0] + h * a.pages.k_strides[1] + r * a.pages.k_strides[2],
+            page * a.pages.v_strides[0] + h * a.pages.v_strides[1] + r * a.pages.v_strides[2], first, count};
 }
 
 PERCARD_INLINE void ask_for(const void* from, int64_t at, int64_t elements, int dtype) {
@@ -55,14 +55,14 @@ PERCARD_INLINE void ask_for(const void* from, int64_t at, int64_t elements, int 
 // scores[r, t] = q[r] . k[t]
 template <int kDtype, int kVectors>
 PERCARD_INLINE void score(const AttentionDecode& a, const Rows& rows, const Tile& tile) {
-    const int64_t size = kVectors ? kVectors * 16 : a.size;
+    const int64_t size = kVectors ? kVectors * 16 : a.pages.size;
     for (int64_t t = 0; t < tile.count; ++t) {
-        const int64_t at = tile.k + t * a.stride_kr;
-        ask_for(a.v_pages, tile.v + t * a.stride_vr, size, kDtype);
+        const int64_t at = tile.k + t * a.pages.k_strides[2];
+        ask_for(a.pages.v, tile.v + t * a.pages.v_strides[2], size, kDtype);
         if constexpr (kVectors != 0) {
             F32 k[kVectors];
 #pragma GCC unroll 8
-            for (int i = 0; i < kVectors; ++i) k[i] = load_as_f32(a.k_pages, at + i * 16, kDtype);
+            for (int i = 0; i < kVectors; ++i) k[i] = load_as_f32(a.pages.k, at + i * 16, kDtype);
             for (int64_t r = 0; r < rows.count; ++r) {
                 const float* q = rows.q + r * size;
                 F32 even = mul(k[0], load_f32(q)), odd = mul(k[1], load_f32(q + 16));
@@ -78,7 +78,7 @@ PERCARD_INLINE void score(const AttentionDecode& a, const Rows& rows, const Tile
                 const float* q = rows.q + r * size;
                 F32 sum = set_f32(0.0f);
                 for (int64_t d = 0; d < size; d += 16)
-                    sum = fma(load_as_f32(a.k_pages, at + d, kDtype), load_f32(q + d), sum);
+                    sum = fma(load_as_f32(a.pages.k, at + d, kDtype), load_f32(q + d), sum);
                 rows.scores[r * kTile + t] = sum_of_lanes(sum);
             }
         }
@@ -103,8 +103,8 @@ PERCARD_INLINE void weigh(const AttentionDecode& a, const Rows& rows, int64_t r,
         float old[16];
         store_f32(old, exp(set_f32(rows.largest[r] - largest)));
         rows.sum[r] *= old[0];
-        float* o = rows.o + r * a.size;
-        for (int64_t d = 0; d < a.size; d += 16) store_f32(o + d, mul(load_f32(o + d), set_f32(old[0])));
+        float* o = rows.o + r * a.pages.size;
+        for (int64_t d = 0; d < a.pages.size; d += 16) store_f32(o + d, mul(load_f32(o + d), set_f32(old[0])));
         rows.largest[r] = largest;
     }
     rows.sum[r] += sum_of_lanes(sum);
@@ -115,18 +115,19 @@ template <int kDtype, int kRows, int kWide>
 PERCARD_INLINE void values(const AttentionDecode& a, const Rows& rows, const Tile& tile, int64_t r, int64_t d,
                            const Tile* next) {
     F32 o[kRows][kWide];
-    float* to = rows.o + r * a.size + d;
+    float* to = rows.o + r * a.pages.size + d;
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-        for (int j = 0; j < kWide; ++j) o[i][j] = load_f32(to + i * a.size + j * 16);
+        for (int j = 0; j < kWide; ++j) o[i][j] = load_f32(to + i * a.pages.size + j * 16);
     const float* p = rows.scores + r * kTile;
     for (int64_t t = 0; t < tile.count; ++t) {
-        const int64_t at = tile.v + t * a.stride_vr + d;
-        if (next != nullptr && t < next->count) ask_for(a.k_pages, next->k + t * a.stride_kr, a.size, kDtype);
+        const int64_t at = tile.v + t * a.pages.v_strides[2] + d;
+        if (next != nullptr && t < next->count)
+            ask_for(a.pages.k, next->k + t * a.pages.k_strides[2], a.pages.size, kDtype);
 #pragma GCC unroll 16
         for (int j = 0; j < kWide; ++j) {
-            const F32 v = load_as_f32(a.v_pages, at + j * 16, kDtype);
+            const F32 v = load_as_f32(a.pages.v, at + j * 16, kDtype);
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) o[i][j] = fma(set_f32(p[i * kTile + t]), v, o[i][j]);
         }
@@ -134,7 +135,7 @@ PERCARD_INLINE void values(const AttentionDecode& a, const Rows& rows, const Til
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-        for (int j = 0; j < kWide; ++j) store_f32(to + i * a.size + j * 16, o[i][j]);
+        for (int j = 0; j < kWide; ++j) store_f32(to + i * a.pages.size + j * 16, o[i][j]);
 }
 
 template <int kDtype, int kRows>
@@ -142,27 +143,27 @@ PERCARD_INLINE void values_of(const AttentionDecode& a, const Rows& rows, const 
                               const Tile* next) {
     constexpr int kWide = kSums / kRows < 8 ? kSums / kRows : 8;
     int64_t d = 0;
-    for (; d + 16 * kWide <= a.size; d += 16 * kWide) {
+    for (; d + 16 * kWide <= a.pages.size; d += 16 * kWide) {
         values<kDtype, kRows, kWide>(a, rows, tile, r, d, next);
         next = nullptr;
     }
-    for (; d < a.size; d += 16) values<kDtype, kRows, 1>(a, rows, tile, r, d, nullptr);
+    for (; d < a.pages.size; d += 16) values<kDtype, kRows, 1>(a, rows, tile, r, d, nullptr);
 }
 
 // Keys first .. last - 1 of sequence b, of which row r sees those before `seen` of its token.
 template <int kDtype, int kVectors>
 void chunk(const AttentionDecode& a, const Rows& rows, int64_t b, int64_t h, int64_t first, int64_t last) {
-    const int64_t length = a.lengths[b], group = a.heads / a.kv_heads;
+    const int64_t length = a.lengths[b], group = a.heads / a.pages.heads;
     for (int64_t r = 0; r < rows.count; ++r) {
         rows.largest[r] = kLowest;
         rows.sum[r] = 0.0f;
     }
-    std::memset(rows.o, 0, rows.count * a.size * sizeof(float));
+    std::memset(rows.o, 0, rows.count * a.pages.size * sizeof(float));
     Tile tile = first < last ? tile_at(a, b, h, first, last) : Tile{};
     while (first < last) {
         score<kDtype, kVectors>(a, rows, tile);
         for (int64_t r = 0; r < rows.count; ++r) {
-            const int64_t seen = length - a.q_len + r / group + 1;  // the last token sees all
+            const int64_t seen = length - a.max_q_len + r / group + 1;  // the last token sees all
             weigh(a, rows, r, min_of(seen - first, tile.count));
         }
         first += tile.count;
@@ -184,9 +185,9 @@ PERCARD_INLINE void merge(const AttentionDecode& a, const Rows& all, const Rows&
         store_f32(largest, both);
         store_f32(old, exp(sub(set_f32(all.largest[r]), both)));
         store_f32(fresh, exp(sub(set_f32(more.largest[r]), both)));
-        float* o = all.o + r * a.size;
-        const float* add_o = more.o + r * a.size;
-        for (int64_t d = 0; d < a.size; d += 16)
+        float* o = all.o + r * a.pages.size;
+        const float* add_o = more.o + r * a.pages.size;
+        for (int64_t d = 0; d < a.pages.size; d += 16)
             store_f32(o + d, add(mul(load_f32(o + d), set_f32(old[0])), mul(load_f32(add_o + d), set_f32(fresh[0]))));
         all.sum[r] = all.sum[r] * old[0] + more.sum[r] * fresh[0];
         all.largest[r] = largest[0];
@@ -195,13 +196,13 @@ PERCARD_INLINE void merge(const AttentionDecode& a, const Rows& all, const Rows&
 
 // out and lse of the rows of (b, h). A row that saw nothing is 0, and its lse -infinity.
 PERCARD_INLINE void finish(const AttentionDecode& a, const Rows& rows, int64_t b, int64_t h) {
-    const int64_t group = a.heads / a.kv_heads;
+    const int64_t group = a.heads / a.pages.heads;
     for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t to = (b * a.q_len + r / group) * a.heads + h * group + r % group;
+        const int64_t to = (b * a.max_q_len + r / group) * a.heads + h * group + r % group;
         const bool none = rows.sum[r] == 0.0f;
         const F32 by = set_f32(none ? 1.0f : rows.sum[r]);
-        for (int64_t d = 0; d < a.size; d += 16)
-            store_as(a.out, to * a.size + d, a.dtype, div(load_f32(rows.o + r * a.size + d), by));
+        for (int64_t d = 0; d < a.pages.size; d += 16)
+            store_as(a.out, to * a.pages.size + d, a.q_dtype, div(load_f32(rows.o + r * a.pages.size + d), by));
         if (a.lse != nullptr) a.lse[to] = none ? -__builtin_inff() : rows.largest[r] + __builtin_logf(rows.sum[r]);
     }
 }
@@ -210,37 +211,42 @@ PERCARD_INLINE int64_t state_floats(int64_t count, int64_t size) { return round_
 
 // Rows whose sums lie at `state`; q and scores are put where `work` is.
 PERCARD_INLINE Rows rows_at(const AttentionDecode& a, float* work, float* state) {
-    const int64_t count = a.q_len * (a.heads / a.kv_heads);
-    return {count, work, work + count * a.size, state, state + count * a.size, state + count * (a.size + 1)};
+    const int64_t count = a.max_q_len * (a.heads / a.pages.heads);
+    return {count,
+            work,
+            work + count * a.pages.size,
+            state,
+            state + count * a.pages.size,
+            state + count * (a.pages.size + 1)};
 }
 
 template <int kDtype>
 void load_queries(const AttentionDecode& a, const Rows& rows, int64_t b, int64_t h) {
-    const int64_t group = a.heads / a.kv_heads;
+    const int64_t group = a.heads / a.pages.heads;
     for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t at = (b * a.q_len + r / group) * a.stride_qt + (h * group + r % group) * a.stride_qh;
-        for (int64_t d = 0; d < a.size; d += 16)
-            store_f32(rows.q + r * a.size + d, mul(load_as_f32(a.q, at + d, kDtype), set_f32(a.scale)));
+        const int64_t at = (b * a.max_q_len + r / group) * a.stride_qt + (h * group + r % group) * a.stride_qh;
+        for (int64_t d = 0; d < a.pages.size; d += 16)
+            store_f32(rows.q + r * a.pages.size + d, mul(load_as_f32(a.q, at + d, kDtype), set_f32(a.scale)));
     }
 }
 
 template <int kDtype, int kVectors>
 void run(const AttentionDecode& a) {
-    const int64_t count = a.q_len * (a.heads / a.kv_heads), states = state_floats(count, a.size);
-    const int64_t chunks = max_of((a.max_kv_len + kChunk - 1) / kChunk, 1), pairs = a.batch * a.kv_heads;
-    const double ns_of_key = a.size * dtype_bytes(kDtype) * 2 / 12.0 + count * a.size * 0.05;
+    const int64_t count = a.max_q_len * (a.heads / a.pages.heads), states = state_floats(count, a.pages.size);
+    const int64_t chunks = max_of((a.max_kv_len + kChunk - 1) / kChunk, 1), pairs = a.batch * a.pages.heads;
+    const double ns_of_key = a.pages.size * dtype_bytes(kDtype) * 2 / 12.0 + count * a.pages.size * 0.05;
     const auto work = [&] {
-        const int64_t floats = count * (a.size + kTile) + 2 * states;
+        const int64_t floats = count * (a.pages.size + kTile) + 2 * states;
         return static_cast<float*>(scratch(kSlotX, floats * sizeof(float)));
     };
     const auto live = [&](int64_t b) { return max_of((a.lengths[b] + kChunk - 1) / kChunk, 1); };
     if (chunks == 1 || pairs >= 2 * threads()) {  // the chunks of a pair one after another
         parallel(pairs, min_of(a.max_kv_len, chunks * kChunk) * ns_of_key, [&](int64_t begin, int64_t end) {
             float* at = work();
-            const Rows all = rows_at(a, at, at + count * (a.size + kTile));
+            const Rows all = rows_at(a, at, at + count * (a.pages.size + kTile));
             const Rows more = rows_at(a, at, all.o + states);
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t b = i / a.kv_heads, h = i % a.kv_heads, length = a.lengths[b];
+                const int64_t b = i / a.pages.heads, h = i % a.pages.heads, length = a.lengths[b];
                 load_queries<kDtype>(a, all, b, h);
                 chunk<kDtype, kVectors>(a, all, b, h, 0, min_of(length, kChunk));
                 for (int64_t c = 1; c < live(b); ++c) {
@@ -256,7 +262,7 @@ void run(const AttentionDecode& a) {
     parallel(pairs * chunks, kChunk * ns_of_key, [&](int64_t begin, int64_t end) {
         float* at = work();
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t pair = i / chunks, c = i % chunks, b = pair / a.kv_heads, h = pair % a.kv_heads;
+            const int64_t pair = i / chunks, c = i % chunks, b = pair / a.pages.heads, h = pair % a.pages.heads;
             if (c >= live(b)) continue;
             const Rows mine = rows_at(a, at, found + i * states);
             load_queries<kDtype>(a, mine, b, h);
@@ -264,18 +270,18 @@ void run(const AttentionDecode& a) {
         }
     });
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        const int64_t b = pair / a.kv_heads;
+        const int64_t b = pair / a.pages.heads;
         const Rows all = rows_at(a, nullptr, found + pair * chunks * states);
         for (int64_t c = 1; c < live(b); ++c) merge(a, all, rows_at(a, nullptr, found + (pair * chunks + c) * states));
-        finish(a, all, b, pair % a.kv_heads);
+        finish(a, all, b, pair % a.pages.heads);
     }
 }
 
 template <int kDtype>
 void run_sized(const AttentionDecode& a) {
-    if (a.size == 128)
+    if (a.pages.size == 128)
         run<kDtype, 8>(a);
-    else if (a.size == 64)
+    else if (a.pages.size == 64)
         run<kDtype, 4>(a);
     else
         run<kDtype, 0>(a);
@@ -284,9 +290,9 @@ void run_sized(const AttentionDecode& a) {
 }  // namespace attention
 
 void attention_decode(const AttentionDecode& a) {
-    if (a.dtype == kFloat32)
+    if (a.q_dtype == kFloat32)
         attention::run_sized<kFloat32>(a);
-    else if (a.dtype == kBFloat16)
+    else if (a.q_dtype == kBFloat16)
         attention::run_sized<kBFloat16>(a);
     else
         attention::run_sized<kFloat16>(a);
