@@ -107,8 +107,7 @@ def _decode(
     """Seconds of one step at `depth`. The sides share one cache: each reads the same keys and writes the same slot."""
     any_side = next(iter(sides.values()))
     cache, tokens = any_side.new_cache(batch, depth + 1), _ids(any_side, (batch,))
-    cache.keys.normal_()  # keys and values of the scale of real ones; zeros would draw less power
-    cache.values.normal_()
+    cache.fill_random()
 
     def stepper(model: Model) -> Callable[[], torch.Tensor]:
         def step() -> torch.Tensor:

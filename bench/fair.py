@@ -21,7 +21,11 @@ class NotComparable(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to time. `prompt` and `new` tokens, `layers` of the model (None = all, or as many as `budget_s` allows)."""
+    """What to time. `prompt` and `new` tokens, `layers` of the model (None = all, or as many as `budget_s` allows).
+
+    `kv` names the caches of every quantised side, or of the 16-bit weights when there is none; the baseline's is bf16.
+    `contexts` are depths of the cache at which steps are timed, () = after the prompt.
+    """
 
     prompt: int = 512
     new: int = 32
@@ -31,6 +35,8 @@ class Plan:
     budget_s: float | None = None
     head: str = "int8-row"
     seed: int = 0
+    kv: tuple[str, ...] = ("bf16",)
+    contexts: tuple[int, ...] = ()
 
 
 def choose_layers(config: Config, probes: Mapping[str, Probe], plan: Plan) -> tuple[Config, Plan]:

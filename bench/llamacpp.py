@@ -116,8 +116,7 @@ class Ours:
         self.models: dict[str, Model] = {p: self.model.with_dtype(d) for p, d in self.dtypes.items()}
         self.models = {phase: replace(model, mv=False) for phase, model in self.models.items()}
         self.caches = {p: m.new_cache(1, prompt + new) for p, m in self.models.items()}
-        self.caches["decode"].keys.normal_()
-        self.caches["decode"].values.normal_()
+        self.caches["decode"].fill_random()
 
     def prefill(self, tokens: Sequence[int]) -> None:
         self.caches["prefill"].rewind()

@@ -4,7 +4,8 @@
     2  baseline and variants are loaded side by side through the same engine
     3  real weights pass the quality gate first (bench/quality.py); red = the row has no speed. Synthetic weights have
        no quality: their rows say so, or carry the gate that was measured on another model
-    4  prefill of `prompt` tokens, then `new` greedy steps from that depth: rounds in turn, median and spread
+    4  prefill of `prompt` tokens, then `new` greedy steps from that depth, or from the depths asked for, over each cache
+       asked for (bench/contexts.py): rounds in turn, median and spread
     5  the noise floor: the baseline against itself, in the same rounds
 
 One Record per side and phase. Loading and packing lie outside the timed region, quantising activations inside.
@@ -13,7 +14,7 @@ One Record per side and phase. Loading and packing lie outside the timed region,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ import torch
 from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
-from . import card, clock, quality, record
+from . import card, clock, contexts, quality, record
 from .engine import Model, load, load_config
+from .engine import kv as caches
 from .engine.cache import Cache
 from .engine.config import Config
-from .engine.graphs import capture
 from .fair import NotComparable, Plan, cache_noise, choose_layers, memory_fits
 from .probe import FLOATS, PHASES, Probe, probe, settle
 from .record import Record
@@ -35,7 +36,6 @@ from .record import Record
 __all__ = ["BASELINE", "NotComparable", "Plan", "Side", "run"]
 
 BASELINE = "baseline"
-_AGAIN = "baseline again"  # the A/A run: its distance from the baseline is the noise floor
 
 
 @dataclass
@@ -49,6 +49,11 @@ class Side:
     quality: dict[str, Any]
     load_s: float
     twin: bool = False  # the 16-bit head beside an int8 one: decode only
+    more: bool = False  # another cache beside the first one asked for: decode only
+
+    @property
+    def kv(self) -> caches.Layers:
+        return self.models["decode"].kv
 
     @property
     def timed(self) -> bool:
@@ -84,6 +89,9 @@ def run(
     reference, parsed, config = _sources(source, parsed, against)
     if not str(source).startswith("shape:") and text is None and gates is None:
         raise FormatError(f"{source}: real weights need a held-out text for the quality gate; give --text FILE")
+    contexts.fits_model(plan, config)
+    for name in plan.kv:  # what is not known or does not fit is told before anything is timed
+        caches.of(name, config, str(source))
     if plan.prompt + plan.new > config.context:
         if plan.new >= config.context:
             raise FormatError(f"{source}: {plan.new} new tokens do not fit the context of {config.context}; give fewer")
@@ -98,22 +106,28 @@ def run(
         probes[BASELINE], lambda dtype: load(reference, dtype=dtype, **whole), prompt=plan.prompt, batch=plan.batch
     )
     noisy = card.noise(where) + cache_noise(config, where)
-    max_len = max(plan.prompt + plan.new, 0 if text is None else min(config.context, 2048))
+    depths = contexts.depths(plan)
+    longest = max(plan.prompt, *depths) + plan.new
+    max_len = max(longest, 0 if text is None else min(config.context, 2048))
     sides = _load_sides(source, reference, parsed, config, plan, probes, max_len, where, impl, say)
+    contexts.fits_memory([side.models["decode"] for side in sides], plan, where)
     _gate(sides, reference, text, gates or {}, say)
     timed = {side.name: side for side in sides if side.timed}
-    say(f"timing prefill of {plan.prompt} tokens, {plan.rounds} rounds of {len(timed)}")
-    samples = {"prefill": _time_prefill(timed, plan, where), "decode": {}}
-    say(f"timing {plan.new} decode steps at depth {plan.prompt}, {plan.rounds} rounds of {len(timed) + 1}")
-    samples["decode"], words = _time_decode(timed, plan, where)
-    noisy += words
-    again = samples["decode"].pop(_AGAIN)
-    floor = abs(clock.ratio(samples["decode"][BASELINE], again).median - 1) * 100
+    both = {name: side for name, side in timed.items() if not (side.twin or side.more)}
+    say(f"timing prefill of {plan.prompt} tokens, {plan.rounds} rounds of {len(both)}")
+    prefills = _time_prefill(both, plan, where)
+    decodes = {}
+    for depth in depths:
+        models = {n: side.models["decode"] for n, side in timed.items() if depth == depths[0] or not side.twin}
+        say(f"timing {plan.new} decode steps at depth {depth}, {plan.rounds} rounds of {len(models) + 1}")
+        decodes[depth] = contexts.time_decode(models, plan, depth, where)
+        noisy += [words for words in decodes[depth].words if words not in noisy]
+    floor = max(found.floor_pct for found in decodes.values())
     seconds = time.perf_counter() - started
 
     shared = _shared(where, floor, command)
     shared["clock"] = {
-        "mode": "graph" if where.type == "cuda" and not words else "wall",
+        "mode": "graph" if where.type == "cuda" and not any(found.words for found in decodes.values()) else "wall",
         "l2": "warm",
         "rounds": plan.rounds,
         "calls_per_sample": 1,
@@ -122,13 +136,32 @@ def run(
     shared["clock"] |= {"noisy": noisy, "power": "sustained"}
     records = []
     for side in sides:
-        for phase in PHASES:
-            if not (side.twin and phase == "prefill"):
-                row = _record(side, phase, samples[phase], sides[0], plan, config, probes, shared, seconds)
-                records.append(row)
-                if out is not None:
-                    record.append(out, row)
+        for part in _parts(side, plan, prefills, decodes):
+            row = _record(side, part, sides[0], plan, config, probes, shared, seconds)
+            records.append(row)
+            if out is not None:
+                record.append(out, row)
     return records
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one record is about: a phase, tokens in the cache before (of a prefill: the prompt), samples of all sides."""
+
+    phase: str
+    depth: int
+    samples: Mapping[str, clock.Sample]
+    kv_bytes: int | None
+
+
+def _parts(
+    side: Side, plan: Plan, prefills: Mapping[str, clock.Sample], decodes: Mapping[int, contexts.Timed]
+) -> Iterator[Part]:
+    if not (side.twin or side.more):
+        yield Part("prefill", plan.prompt, prefills, None)
+    for depth, found in decodes.items():
+        if depth == next(iter(decodes)) or not side.twin:
+            yield Part("decode", depth, found.samples, found.kv_bytes.get(side.name))
 
 
 def _sources(
@@ -204,6 +237,21 @@ def _load_sides(
     wanted: list[QuantSpec | None] = list(specs)
     if reference != source:
         wanted = [None]  # the checkpoint knows its own spec
+
+    def over(held: dict[str, Model], kv: str) -> dict[str, Model]:
+        return {phase: model.with_kv(kv) for phase, model in held.items()}
+
+    def add(name: str, spec: QuantSpec | None, head: str, held: dict[str, Model], seconds: float) -> None:
+        """A side for each cache; the first one asked for also prefills."""
+        for kv in plan.kv:
+            plain = not caches.of(kv, config, str(source)).quantised
+            if spec is None and plain:
+                continue  # that is the baseline
+            called = name if plain else f"{name}, {kv} cache"
+            sides.append(Side(called, spec, head, over(held, kv), {}, seconds, more=kv != plan.kv[0]))
+
+    if not wanted:
+        add("16-bit weights", None, "16bit", sides[0].models, sides[0].load_s)
     for spec in wanted:
         say(f"loading {source} as {spec or 'what it is'}")
         held, seconds = models(source, spec, probes[str(spec or specs[0])])
@@ -216,10 +264,11 @@ def _load_sides(
             else:
                 int8 = held["decode"].with_head("int8-row")
             both = {"prefill": replace(int8, mv=False).with_dtype(held["prefill"].dtype), "decode": int8}
-            sides.append(Side(name, found, "int8-row", both, {}, seconds + time.perf_counter() - begin))
-            sides.append(Side(f"{name} 16bit head", found, "16bit", held, {}, seconds, twin=True))
+            add(name, found, "int8-row", both, seconds + time.perf_counter() - begin)
+            beside = Side(f"{name} 16bit head", found, "16bit", over(held, plan.kv[0]), {}, seconds, twin=True)
+            sides.insert(len(sides) - len(plan.kv) + 1, beside)
         else:
-            sides.append(Side(name, found, "16bit", held, {}, seconds))
+            add(name, found, "16bit", held, seconds)
     return sides
 
 
@@ -234,17 +283,18 @@ def _gate(
     base = sides[0].models["decode"]
     ids = None if text is None else quality.read_ids(text, reference, 16384)
     for side in sides:
-        brought = gates.get(side.name, gates.get(str(side.spec) if side.spec else BASELINE))
-        if ids is not None and side.spec is not None:
+        # A gate that was measured elsewhere was measured with a bf16 cache, unless it is named for another.
+        kin = None if side.kv.quantised else str(side.spec) if side.spec else BASELINE
+        brought = gates.get(side.name, gates.get(kin) if kin else None)
+        weighed = side.spec is not None or side.kv.quantised
+        if ids is not None and weighed:
             say(f"quality of {side.name} on {len(ids)} tokens")
-            model = side.models["decode"]
-            found = quality.compare(base, model, ids, min(base.max_len, 2048))
-            verdict = quality.gate(found, side.spec, quality.is_small(model))
+            found, verdict = contexts.judged(base, side.models["decode"], ids, min(base.max_len, 2048))
             side.quality = quality.section(found, verdict, base.config.name)
             sides[0].quality = quality.reference_section(found, base.config.name)
         elif brought is not None:
             side.quality = dict(brought)
-        elif base.synthetic and side.spec is not None:
+        elif base.synthetic and weighed:
             noise = side.models["decode"].weights.sqnr_db
             side.quality = {"gate": "synthetic", "reasons": ["speed at true shapes, quality not measured"]}
             side.quality |= {"model": None, "sqnr_db": noise}
@@ -257,8 +307,6 @@ def _time_prefill(sides: Mapping[str, Side], plan: Plan, device: torch.device) -
     caches: dict[str, Cache] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for name, side in sides.items():
-        if side.twin:  # the head reads one row here: the prefill is that of the side with the int8 head
-            continue
         model = side.models["prefill"]
         caches[name] = model.new_cache(plan.batch, plan.prompt)
 
@@ -268,52 +316,12 @@ def _time_prefill(sides: Mapping[str, Side], plan: Plan, device: torch.device) -
         calls[name] = prefill
 
     def before(name: str, turn: int) -> None:
-        ids[name] = _tokens(sides[name].models["prefill"].config.vocab, (plan.batch, plan.prompt), turn, device)
+        ids[name] = contexts.tokens_of(
+            sides[name].models["prefill"].config.vocab, (plan.batch, plan.prompt), turn, device
+        )
         caches[name].rewind()
 
     return clock.ab(calls, rounds=plan.rounds, device=device, before=before)
-
-
-def _time_decode(
-    sides: Mapping[str, Side], plan: Plan, device: torch.device
-) -> tuple[dict[str, clock.Sample], list[str]]:
-    """Seconds of one greedy step, from `new` steps in a row (one CUDA graph on a card); words on what went otherwise."""
-    caches: dict[str, Cache] = {}
-    calls: dict[str, Callable[[], Any]] = {}
-    firsts: dict[str, torch.Tensor] = {}
-    words: list[str] = []
-    for name, side in sides.items():
-        model = side.models["decode"]
-        caches[name] = model.new_cache(plan.batch, plan.prompt + plan.new)
-        # What attention reads has the scale of real keys and values; a prefill per side would cost more than it says.
-        caches[name].keys.normal_()
-        caches[name].values.normal_()
-        firsts[name] = torch.zeros(plan.batch, dtype=torch.int64, device=device)
-
-        def steps(model: Model = model, name: str = name) -> None:
-            tokens = firsts[name]
-            caches[name].rewind(plan.prompt)
-            for _ in range(plan.new):
-                tokens = model.step(tokens, caches[name]).argmax(dim=-1)
-
-        try:
-            calls[name] = capture(steps, device)
-        except RuntimeError as error:
-            calls[name] = steps
-            words.append(f"{name}: no CUDA graph ({str(error).splitlines()[0]}), steps are launched one by one")
-    calls[_AGAIN], firsts[_AGAIN] = calls[BASELINE], firsts[BASELINE]
-    vocab = sides[BASELINE].models["decode"].config.vocab
-
-    def before(name: str, turn: int) -> None:
-        firsts[name].copy_(_tokens(vocab, (plan.batch,), turn, device))
-
-    whole = clock.ab(calls, rounds=plan.rounds, device=device, before=before)
-    return {name: clock.Sample.of([s / plan.new for s in sample.samples]) for name, sample in whole.items()}, words
-
-
-def _tokens(vocab: int, shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:
-    """Seeded random ids: the same for every side of a round, fresh in each round."""
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed + 1)).to(device)
 
 
 def _shared(device: torch.device, noise_floor_pct: float, command: str) -> dict[str, dict[str, Any]]:
@@ -329,8 +337,7 @@ def _shared(device: torch.device, noise_floor_pct: float, command: str) -> dict[
 
 def _record(
     side: Side,
-    phase: str,
-    samples: Mapping[str, clock.Sample],
+    part: Part,
     base: Side,
     plan: Plan,
     config: Config,
@@ -338,17 +345,20 @@ def _record(
     shared: Mapping[str, dict[str, Any]],
     seconds: float,
 ) -> Record:
+    phase, samples = part.phase, part.samples
     model, spec = side.models[phase], side.spec
     baseline = FLOATS[base.models[phase].dtype]
     named = str(spec) if spec else FLOATS[model.dtype]
-    case = f"pp{plan.prompt}.b{plan.batch}" if phase == "prefill" else f"tg{plan.new}.d{plan.prompt}.b{plan.batch}"
+    case = f"pp{plan.prompt}.b{plan.batch}" if phase == "prefill" else f"tg{plan.new}.d{part.depth}.b{plan.batch}"
     case = f"{config.name}.model.{case}"
-    shape = {"batch": plan.batch, "isl": plan.prompt, "osl": plan.new, "kv_len": plan.prompt}
-    identity = {"case": case, "shape": shape, "spec": named, "head": side.head, "layers": config.layers}
+    shape = {"batch": plan.batch, "isl": plan.prompt, "osl": plan.new, "kv_len": part.depth}
+    kept = {"kv": [str(spec) for spec in side.kv.specs]} if side.kv.quantised else {}
+    identity: dict[str, Any] = {"case": case, "shape": shape, "spec": named, "head": side.head, "layers": config.layers}
     machine = shared["card"].get("uuid") or shared["cpu"]["model"]
 
-    def key(of: str, head: str) -> str:
-        return record.cell_key(**(identity | {"spec": of, "head": head}), machine=machine, torch=torch.__version__)
+    def key(of: str, head: str, **more: Any) -> str:
+        found = identity | {"spec": of, "head": head} | more
+        return record.cell_key(**found, machine=machine, torch=torch.__version__)
 
     sample = samples.get(side.name)
     tokens: dict[str, Any] | None = None
@@ -366,9 +376,9 @@ def _record(
         }
         latency = {name: getattr(sample, name) * 1e6 for name in ("median", "lo", "hi", "iqr")}
         latency["samples"] = [t * 1e6 for t in sample.samples]
-        roofline = _roofline(model, phase, plan, sample, shared) if phase == "decode" else None
+        roofline = _roofline(model, part, plan, sample, shared) if phase == "decode" else None
     return Record(
-        cell_key=key(named, side.head),
+        cell_key=key(named, side.head, **kept),
         level="model",
         case=case,
         seconds=seconds,
@@ -385,6 +395,8 @@ def _record(
         shape=shape,
         scheme={
             "spec": named,
+            "kv_spec": side.kv.name if side.kv.quantised else FLOATS[model.dtype],
+            "kv_bits": side.kv.bits if side.kv.quantised else model.dtype.itemsize * 8,
             "weight_bits": spec.weight_bits if spec else model.dtype.itemsize * 8,
             "act_bits": spec.act_bits if spec else model.dtype.itemsize * 8,
             "group": spec.group if spec else None,
@@ -405,17 +417,21 @@ def _record(
         latency_us=latency,
         tokens=tokens,
         roofline=roofline,
-        memory={"weights": model.nbytes, "kv": plan.batch * (plan.prompt + plan.new) * model.kv_bytes_per_token}
-        | {"load_s": side.load_s},
+        memory={
+            "weights": model.nbytes,
+            "kv": part.kv_bytes or plan.batch * part.depth * model.kv_bytes_per_token,
+            "kv_bytes_per_token": model.kv_bytes_per_token,
+            "load_s": side.load_s,
+        },
         quality=side.quality,
     )
 
 
 def _roofline(
-    model: Model, phase: str, plan: Plan, sample: clock.Sample, shared: Mapping[str, dict[str, Any]]
+    model: Model, part: Part, plan: Plan, sample: clock.Sample, shared: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Bytes that one decode step reads at least, and its share of the read rate measured here."""
-    depth = plan.prompt + plan.new / 2
+    depth = part.depth + plan.new / 2
     moved = model.step_bytes(plan.batch) + plan.batch * depth * model.kv_bytes_per_token
     roof = shared["cpu"].get("read_gbs") or shared["card"]["roof"]["copy_gbs"]
     return {"bytes": int(moved), "bound": "mem", "pct_of_roof": 100 * moved / sample.median / (roof * 1e9)}

@@ -17,10 +17,10 @@ from ..formats.spec import QuantSpec
 from ..kernels.linear import linear
 from ..kernels.op import Tape
 from . import clock
-from .engine import rope
+from .engine import attend, rope
 from .engine.cache import Cache
 from .engine.config import Config
-from .engine.model import Model, block, causal, one_row_linear, over_pages
+from .engine.model import Model, block, one_row_linear
 from .engine.weights import SyntheticSource, copied, one_block
 
 PHASES = ("prefill", "decode")
@@ -111,17 +111,17 @@ def _one(
 
     def prefill() -> None:
         matmul = functools.partial(linear, impl=impl)
-        block(x.clone(), None, weights, config, 0, causal(config, turns[:prompt], dtype), matmul, impl)
+        block(x.clone(), None, weights, config, 0, attend.causal(config, turns[:prompt], dtype), matmul, impl)
 
     def decode(matmul: Callable[..., torch.Tensor]) -> Callable[[], object]:
         """A step as the engine makes it: noted on a CPU."""
         tape = Tape() if device.type == "cpu" else None
-        attend, by = over_pages(config, turns, cache, impl=impl, tape=tape), functools.partial(matmul, impl=impl)
+        over, by = attend.one(config, turns, cache, impl=impl, tape=tape), functools.partial(matmul, impl=impl)
 
         def step() -> None:
             token, add = x[:, -1:].clone(), None
             for i, layer in enumerate(layers):
-                token, add = block(token, add, layer, config, i, attend, by, impl, tape=tape)
+                token, add = block(token, add, layer, config, i, over, by, impl, tape=tape)
 
         if tape is None:
             return step
@@ -164,8 +164,7 @@ def settle(
     for dtype in dict.fromkeys(d for dtypes in near.values() for d in dtypes):
         model = load(dtype)
         cache, layers = model.new_cache(batch, prompt + 1), model.config.layers
-        cache.keys.normal_()
-        cache.values.normal_()
+        cache.fill_random()
         ids = torch.randint(0, model.config.vocab, (batch, prompt), device=model.device)
 
         def prefill(model: Model = model, cache: Cache = cache, ids: torch.Tensor = ids) -> None:

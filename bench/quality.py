@@ -10,7 +10,7 @@ No speed figure of a model is printed beside a red gate.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..formats.spec import FormatError, QuantSpec
 from .engine import Model
+from .engine.kv import Layers
 
 _CHUNK = 256  # positions whose logits exist at one time, on both sides
 SMALL = 50_000_000  # below so many parameters only KL and top-1 decide: a small model's perplexity scatters
@@ -29,6 +30,14 @@ SMALL = 50_000_000  # below so many parameters only KL and top-1 decide: a small
 THRESHOLDS: dict[int, dict[str, float]] = {
     8: {"kl": 0.01, "top1": 0.97, "perplexity": 0.01},
     4: {"kl": 0.03, "top1": 0.93, "perplexity": 0.02},
+}
+
+# The same for caches, against the same weights over bf16, of models of any size: what is compared differs in nothing else, so
+# perplexities of a small model scatter less than these. A symmetric spec is held to its kin.
+CACHES: dict[str, dict[str, float]] = {
+    "int8": {"kl": 0.002, "top1": 0.98, "perplexity": 0.001},
+    "k8v4": {"kl": 0.01, "top1": 0.97, "perplexity": 0.005},
+    "int4": {"kl": 0.03, "top1": 0.93, "perplexity": 0.02},
 }
 
 
@@ -128,15 +137,39 @@ def gate(quality: Quality, spec: QuantSpec | str | None, small_model: bool = Fal
     limits = THRESHOLDS.get(parsed.weight_bits)
     if limits is None:
         return "none", [f"{parsed.weight_bits}-bit weights have no gate: figures are printed, never green"]
+    reasons = _beyond(quality, {n: v for n, v in limits.items() if not (small_model and n == "perplexity")})
+    return ("red", reasons) if reasons else ("green", [])
+
+
+def gate_cache(quality: Quality, kv: Layers | str) -> tuple[str, list[str]]:
+    """("green" | "red" | "none", reasons) of a cache, `quality` being against the same weights over bf16.
+
+    Layers of several specs are held to the limits of the one with the fewest bits.
+    """
+    names = [kv] if isinstance(kv, str) else [str(spec) for spec in kv.specs]
+    held = [name.removesuffix("-sym") for name in names if name.removesuffix("-sym") in CACHES]
+    if not held:
+        return "none", ["a bf16 cache is the reference"]
+    name = max(held, key=list(CACHES).index)
+    reasons = [f"cache {name}: {words}" for words in _beyond(quality, CACHES[name])]
+    return ("red", reasons) if reasons else ("green", [])
+
+
+def _beyond(quality: Quality, limits: Mapping[str, float]) -> list[str]:
+    """What is worse than its limit, in words. Written as "not good" so that a NaN is worse."""
     reasons = []
-    # Written as "not good" so that a NaN is red.
     if not quality.kl <= limits["kl"]:
         reasons.append(f"KL {quality.kl:.4f} is above {limits['kl']}")
     if not quality.top1 >= limits["top1"]:
         reasons.append(f"top-1 agreement {quality.top1:.1%} is below {limits['top1']:.0%}")
-    if not small_model and not quality.perplexity_rise <= limits["perplexity"]:
-        reasons.append(f"perplexity rises {quality.perplexity_rise:.2%}, more than {limits['perplexity']:.0%}")
-    return ("red", reasons) if reasons else ("green", [])
+    if "perplexity" in limits and not quality.perplexity_rise <= limits["perplexity"]:
+        reasons.append(f"perplexity rises {quality.perplexity_rise:.2%}, more than {limits['perplexity']:.1%}")
+    return reasons
+
+
+def words(quality: Quality) -> str:
+    """The three figures in a line."""
+    return f"KL {quality.kl:.5f}, top-1 {quality.top1:.2%}, perplexity {quality.perplexity_rise:+.3%}"
 
 
 def section(

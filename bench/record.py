@@ -49,7 +49,7 @@ SECTIONS: dict[str, frozenset[str]] = {
         "roofline": "bytes flops bound mbu mfu pct_of_roof pct_of_spec",
         "energy": "energy_j avg_power_w idle_power_w j_per_out_token scope power_valid power_reason",
         "money": "usd_per_card_hour usd_per_mtok",
-        "memory": "weights kv activations graphs peak free_for_kv max_tokens max_concurrency load_s",
+        "memory": "weights kv kv_bytes_per_token activations graphs peak free_for_kv max_tokens max_concurrency load_s",
         "quality": "gate model protocol ppl ppl_rel kl top1 task length_ratio gate_key reasons sqnr_db tokens",
     }.items()
 }

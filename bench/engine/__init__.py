@@ -3,6 +3,7 @@
 Example:
     model = load("out/w4a16", head="int8-row")
     model = load("shape:qwen3-8b", spec=QuantSpec.parse("w4a16-g128"))    synthetic weights at true shapes
+    model = load("out/w4a16", kv="int8")                                     keys and values in 8 bits
     model.generate([[1, 2, 3]], max_new=64)
 """
 
@@ -17,6 +18,7 @@ import torch
 from ...formats.checkpoint import Checkpoint
 from ...formats.spec import FormatError, QuantSpec
 from .. import card
+from . import kv as caches
 from . import rope, weights
 from .cache import Cache
 from .config import Config, load_config, parse_config, shape_names
@@ -40,6 +42,7 @@ def load(
     batch_invariant: bool = False,
     device: torch.device | str | None = None,
     share: Model | None = None,
+    kv: caches.Asked = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """The model in folder `source`, or synthetic weights of `shape:<name>`.
@@ -49,7 +52,8 @@ def load(
     blocks. `impl` names the body of every op, None = the first that serves. `max_len` tokens per sequence at most
     (never above the model's context). `batch_invariant`: what quantised linears and experts give a token does not depend
     on the other tokens, to the bit; 16-bit products and attention are torch's, which promises nothing. `share` is a synthetic model of the same shape and seed that lends its embedding
-    and 16-bit head. `progress(done, blocks)`. FormatError for anything that cannot be read.
+    and 16-bit head. `kv` is how caches hold keys and values: a name such as "int8", a KVSpec, one per layer, "calibrated",
+    None = bf16 (bench/engine/kv.py). `progress(done, blocks)`. FormatError for anything that cannot be read.
     """
     if head not in HEADS:
         raise ValueError(f"head {head!r} is not known; known: {', '.join(HEADS)}")
@@ -66,6 +70,7 @@ def load(
             raise FormatError(f"{source}: layers={layers} is outside 1 .. {config.layers}")
         config = replace(config, layers=layers)
     dtype = config.dtype if dtype is None else dtype
+    kept = caches.of(kv, config, str(source))
     if checkpoint is None:
         lent = None
         if share is not None and (share.source, share.seed, share.dtype) == (str(source), seed, dtype):
@@ -77,4 +82,4 @@ def load(
     held = weights.build(config, origin, dtype=dtype, device=where, impl=impl, progress=progress)
     turns = rope.table(config.rope, config.head_dim, min(max_len, config.context), where)
     model = Model(config, held, dtype, where, spec, "16bit", impl, str(source), seed if synthetic else None, turns)
-    return replace(model, batch_invariant=batch_invariant).with_head(head)
+    return replace(model, batch_invariant=batch_invariant, kv=kept).with_head(head)

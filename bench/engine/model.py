@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...formats.kvcache import BF16
 from ...formats.spec import QuantSpec
 from ...formats.tensor import QuantTensor
 from ...kernels.attention_decode import attention_decode
@@ -24,20 +25,17 @@ from ...kernels.op import Tape, native_isa
 from ...kernels.quantize_rows import quantize_rows
 from ...kernels.rmsnorm_quantize import rmsnorm_quantize
 from ...kernels.silu_mul_quantize import silu_mul_quantize
+from . import attend as attention
 from . import experts
+from . import kv as caches
 from . import weights as weights_module
+from .attend import Attend, causal
 from .cache import Cache
 from .config import Config
-from .rope import rotate, spread
 from .sampling import Sampler
 from .weights import Block, Weight, Weights
 
 HEADS = ("16bit", "int8-row")
-# (what the qkv product gave [B, T, (H + 2 kv_heads) D], the block, its number) -> [B, T, H D]
-Attend = Callable[[torch.Tensor, Block, int], torch.Tensor]
-# (q [B, H, T, D], k and v [B, kv_heads, T, D] as they go into a cache, the block's number) -> [B, H, T, D]
-Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-
 # (x [..., K], weight [N, K], bias [N] or None) -> [..., N]
 Matmul = Callable[..., torch.Tensor]
 
@@ -147,60 +145,13 @@ def _swiglu_matmul(
     return matmul(mixed, w, bias, tape=tape)
 
 
-def causal(
-    config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, cache: Cache | None = None, mix: Mix | None = None
-) -> Attend:
-    """Attention of T tokens to themselves and those before, from position 0 on; padding must be on the right.
-
-    By torch's own steps, as long rows have them. `cache`, an empty one, is left with the keys and values. `mix` attends
-    in torch's place: a measurement that looks at keys and values, or changes them.
-    """
-    cos, sin = spread(cos_sin, dtype)  # [T, 1, D]
-    slots = None if cache is None else cache.prompt_slots(cos_sin.shape[0])
-
-    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
-        heads, qk_heads = config.heads, config.heads + config.kv_heads
-        rows = qkv.view(*qkv.shape[:2], qk_heads + config.kv_heads, config.head_dim)
-        qk, v = rows[:, :, :qk_heads], rows[:, :, qk_heads:]
-        if b.qk_norm is not None:
-            qk = F.rms_norm(qk, (config.head_dim,), None, config.norm_eps) * b.qk_norm
-        qk = rotate(qk, cos, sin)
-        q, k = qk[:, :, :heads], qk[:, :, heads:]
-        if cache is not None and slots is not None:
-            kv_append(k.flatten(0, 1), v.flatten(0, 1), cache.pages[layer], slots)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        if mix is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != config.kv_heads)
-        else:
-            out = mix(q, k, v, layer)
-        return out.transpose(1, 2).flatten(2)
-
-    return attend
-
-
-def over_pages(config: Config, cos_sin: torch.Tensor, cache: Cache, **how: Any) -> Attend:
-    """Attention of one new token per sequence, which joins the cache where `cache.point` says; `how` goes to the ops."""
-    parts = (config.heads, config.kv_heads, config.kv_heads)
-
-    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
-        q, k, v = qkv.view(cache.batch, sum(parts), config.head_dim).split(parts, 1)
-        norms = {} if b.qk_norm is None else {"q_weight": b.qk_norm[0], "k_weight": b.qk_norm[config.heads]}
-        turn: dict[str, Any] = {"positions": cache.positions, "cos_sin": cos_sin, "eps": config.norm_eps, **norms}
-        pages = cache.pages[layer]
-        q = kv_append(k, v, pages, cache.slots, q=q, **turn, **how)
-        out, _ = attention_decode(q, pages, cache.table, cache.ends, max_kv_len=cache.room, **how)
-        return out.view(*qkv.shape[:2], -1)
-
-    return attend
-
-
 @dataclass(frozen=True, eq=False)
 class Model:
     """A decoder that is ready to run. Build it with `bench.engine.load`.
 
     `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
     `seed` is what synthetic weights were drawn with, None = they are real; `cos_sin` is the table of rotations, fp32
-    [max_len, D]; `mv` sends single rows through torch.mv (`one_row_linear`); `batch_invariant` is what every quantised
+    [max_len, D]; `kv` is how caches hold keys and values, layer by layer; `mv` sends single rows through torch.mv (`one_row_linear`); `batch_invariant` is what every quantised
     product is asked for.
     """
 
@@ -216,6 +167,11 @@ class Model:
     cos_sin: torch.Tensor
     mv: bool = False
     batch_invariant: bool = False
+    kv: caches.Layers = caches.PLAIN
+
+    def with_kv(self, asked: caches.Asked) -> Model:
+        """The same weights over another cache; `asked` as in `load`."""
+        return replace(self, kv=caches.of(asked, self.config, self.source))
 
     def with_head_of(self, other: Model) -> Model:
         """The same blocks with the very head of `other`, so that two sides of a comparison hold it once."""
@@ -255,7 +211,9 @@ class Model:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token of one sequence takes."""
-        return 2 * self.config.layers * self.config.kv_size * self.dtype.itemsize
+        config = self.config
+        specs = self.kv.specs or (BF16,) * config.layers
+        return sum(spec.bytes_per_token(config.head_dim, config.kv_heads, self.dtype) for spec in specs)
 
     @property
     def matmul(self) -> Matmul:
@@ -304,7 +262,7 @@ class Model:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of this model's figures must know."""
-        return self.weights.notes
+        return (*self.weights.notes, *self.kv.notes)
 
     @torch.inference_mode()
     def with_head(self, head: str) -> Model:
@@ -320,8 +278,14 @@ class Model:
 
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Normed last hidden state [B, T, hidden] of ids int64 [B, T], without a cache."""
-        return self._run(ids, self._causal(ids))
+        """Normed last hidden state [B, T, hidden] of ids int64 [B, T].
+
+        Over a quantised cache every token reads keys and values back from it, its own included, as steps do.
+        """
+        if not self.kv.quantised:
+            return self._run(ids, self._whole(ids))
+        cache = self.new_cache(*ids.shape)
+        return self._packed(ids.flatten(), cache, [ids.shape[1]] * ids.shape[0], True).view(*ids.shape, -1)
 
     @torch.inference_mode()
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -340,19 +304,31 @@ class Model:
         """An empty cache for `batch` sequences of `length` tokens, prompt and answer together."""
         if length > self.max_len:
             raise ValueError(f"length {length} is above this model's {self.max_len}; load it with max_len={length}")
-        return Cache.new(self.config, batch, length, self.dtype, self.device)
+        specs = self.kv.specs
+        return Cache.new(self.config, batch, length, self.dtype, self.device, specs=specs, mu=self.kv.mu)
 
     @torch.inference_mode()
-    def prefill(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int] | None = None) -> torch.Tensor:
-        """Fills an empty cache with right-padded prompts int64 [B, T]; fp32 logits [B, V] after each prompt's end."""
+    def prefill(
+        self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int] | None = None, *, read_back: bool = False
+    ) -> torch.Tensor:
+        """Right-padded prompts int64 [B, T] join the cache, after what it holds; fp32 logits [B, V] after each one's end.
+
+        Fresh tokens see each other in 16 bits and what the cache held as it is there. With `read_back` they see each other
+        from the cache as well, so that a part of a prompt that was there before makes no difference.
+        """
         batch, width = ids.shape
         lengths = [width] * batch if lengths is None else [int(n) for n in lengths]
-        if batch != cache.batch or any(cache.lengths):
-            raise ValueError(f"prefill of {batch} prompts needs an empty cache of {batch}; rewind it or make a new one")
+        if batch != cache.batch:
+            raise ValueError(f"prefill of {batch} prompts needs a cache of {batch}, this one is for {cache.batch}")
         if len(lengths) != batch or not all(1 <= n <= width for n in lengths):
             raise ValueError(f"lengths {lengths} do not fit {batch} prompts of at most {width} tokens, at least 1 each")
-        cache.need(width)
-        hidden = self._run(ids, self._causal(ids, cache))
+        cache.need(max(lengths))
+        if read_back or any(cache.lengths):
+            packed = torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)])
+            hidden = self._packed(packed, cache, lengths, read_back)[0]
+            cache.lengths = [n + m for n, m in zip(cache.lengths, lengths, strict=True)]
+            return self.head_logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
+        hidden = self._run(ids, self._whole(ids, cache, lengths))
         cache.lengths = list(lengths)
         if min(lengths) == width:  # no index to bring to the device
             return self.head_logits(hidden[:, -1])
@@ -385,7 +361,7 @@ class Model:
     def _step(self, tokens: torch.Tensor, cache: Cache, tape: Tape | None) -> torch.Tensor:
         """Logits [B, V] in the model's type."""
         how: dict[str, Any] = {"impl": self.impl, "tape": tape}
-        attend = over_pages(self.config, self.cos_sin, cache, **how)
+        attend = attention.one(self.config, self.cos_sin, cache, **how)
         return self.matmul(self._run(tokens[:, None], attend, tape)[:, 0], self.weights.head, tape=tape)
 
     def generate(
@@ -429,9 +405,21 @@ class Model:
         if length > self.max_len:
             raise ValueError(f"{length} tokens are above this model's {self.max_len}; load it with max_len={length}")
 
-    def _causal(self, ids: torch.Tensor, cache: Cache | None = None) -> Attend:
-        self._within(ids.shape[1])
-        return causal(self.config, self.cos_sin[: ids.shape[1]], self.dtype, cache)
+    def _whole(self, ids: torch.Tensor, cache: Cache | None = None, counts: Sequence[int] = ()) -> Attend:
+        width = ids.shape[1]
+        self._within(width)
+        slots = None if cache is None else cache.prompt_slots(width, counts)
+        return causal(self.config, self.cos_sin[:width], self.dtype, cache, slots=slots, impl=self.impl)
+
+    def _packed(self, ids: torch.Tensor, cache: Cache, counts: Sequence[int], read_back: bool) -> torch.Tensor:
+        """Hidden states [1, N, hidden] of a packed chunk int64 [N], which joins the cache."""
+        chunk = cache.chunk(counts)
+        self._within(max(n + m for n, m in zip(chunk.before, counts, strict=True)))
+        if read_back:
+            attend = attention.read_back(self.config, self.cos_sin, chunk, self.impl)
+        else:
+            attend = attention.after(self.config, self.cos_sin, self.dtype, chunk, self.impl)
+        return self._run(ids[None], attend)
 
     def _run(self, ids: torch.Tensor, attend: Attend, tape: Tape | None = None) -> torch.Tensor:
         """All blocks and the last norm over ids [B, T]: [B, T, hidden]."""

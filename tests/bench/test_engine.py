@@ -56,8 +56,9 @@ def test_cached_steps_equal_logits_without_cache(pair):
     ours, _ = pair
     ids, extra = batch(ours.config.vocab), batch(ours.config.vocab, seed=2)
     cache = ours.new_cache(len(LENGTHS), max(LENGTHS) + 6)
-    cache.keys.fill_(1e4)  # what was never written must never be read
-    cache.values.fill_(1e4)
+    for pages in cache.pages:  # what was never written must never be read
+        pages.k.fill_(1e4)
+        pages.v.fill_(1e4)
     steps = [ours.prefill(ids, cache, LENGTHS)]
     steps += [ours.step(extra[:, i], cache) for i in range(6)]
     for b, length in enumerate(LENGTHS):
@@ -127,7 +128,7 @@ def test_limits_are_named(checkpoint):
     with pytest.raises(ValueError, match="max_len=17"):
         model.new_cache(1, 17)
     cache = model.new_cache(2, 8)
-    with pytest.raises(ValueError, match="empty cache"):
+    with pytest.raises(ValueError, match="cache of 1"):
         model.prefill(torch.ones(1, 4, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="lengths"):
         model.prefill(torch.ones(2, 4, dtype=torch.long), cache, [4, 0])

@@ -1,0 +1,181 @@
+"""Attention of the engine: over whole prompts, after a prefix, and over pages.
+
+    causal     a prompt attends to itself in 16 bits by torch, and joins an empty cache
+    after      a chunk attends to itself in 16 bits and to what the cache holds, dequantised
+    read_back  a chunk joins the cache, and every token reads all keys and values from there, as `one` does
+    one        a step: one token of each sequence
+
+`after` and `causal` are the fast ways to fill a cache. With `read_back` a token sees the same keys whether they were just
+computed, found as a prefix, or come from steps; what measures the quality of a cache goes that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...formats.kvcache import PAGE, KVPages, pages_of, read
+from ...kernels.attention import rounded_q
+from ...kernels.attention_decode import attention_decode
+from ...kernels.kv_append import kv_append
+from .cache import Cache, Chunk
+from .config import Config
+from .rope import rotate, spread
+from .weights import Block
+
+# (what the qkv product gave [B, T, (H + 2 kv_heads) D], the block, its number) -> [B, T, H D]
+Attend = Callable[[torch.Tensor, Block, int], torch.Tensor]
+# (q [B, H, T, D], k and v [B, kv_heads, T, D] as they go into a cache, the block's number) -> [B, H, T, D]
+Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+_ROWS = 1024  # queries of a sequence that meet their keys at one time in torch
+
+
+def _turned(
+    qkv: torch.Tensor, b: Block, config: Config, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys (normed and turned) and values [B, T, heads, D], by torch's own steps, as long rows have them."""
+    heads, qk_heads = config.heads, config.heads + config.kv_heads
+    rows = qkv.view(*qkv.shape[:2], qk_heads + config.kv_heads, config.head_dim)
+    qk, v = rows[:, :, :qk_heads], rows[:, :, qk_heads:]
+    if b.qk_norm is not None:
+        qk = F.rms_norm(qk, (config.head_dim,), None, config.norm_eps) * b.qk_norm
+    qk = rotate(qk, cos, sin)
+    return qk[:, :, :heads], qk[:, :, heads:], v
+
+
+def causal(
+    config: Config,
+    cos_sin: torch.Tensor,
+    dtype: torch.dtype,
+    cache: Cache | None = None,
+    mix: Mix | None = None,
+    slots: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> Attend:
+    """T tokens attend to themselves and those before, from position 0 on; padding must be on the right.
+
+    `cache`, an empty one, is left with the keys and values, at `slots` int64 [B * T]. `mix` attends in torch's place: a
+    measurement that looks at keys and values, or changes them.
+    """
+    cos, sin = spread(cos_sin, dtype)  # [T, 1, D]
+
+    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
+        q, k, v = _turned(qkv, b, config, cos, sin)
+        if cache is not None and slots is not None:
+            kv_append(k.flatten(0, 1), v.flatten(0, 1), cache.pages[layer], slots, impl=impl)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if mix is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=config.heads != config.kv_heads)
+        else:
+            out = mix(q, k, v, layer)
+        return out.transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def after(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, chunk: Chunk, impl: str | None = None) -> Attend:
+    """A packed chunk [1, N] over what its sequences hold; fresh keys and values in 16 bits, and appended."""
+    cos, sin = spread(cos_sin[chunk.positions], dtype)  # [N, 1, D]
+
+    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
+        pages = chunk.cache.pages[layer]
+        q, k, v = (part[0] for part in _turned(qkv, b, config, cos, sin))  # [N, heads, D]
+        out = torch.empty_like(q)
+        for which, mine in _sequences(chunk):
+            held = _held(pages, chunk.cache.table[which], chunk.before[which], config.head_dim, dtype)
+            keys, values = (torch.cat((old, new[mine])) for old, new in zip(held, (k, v), strict=True))
+            out[mine] = _bottom_right(q[mine], keys, values)
+        kv_append(k, v, pages, chunk.slots, impl=impl)
+        return out.view(1, len(out), -1)
+
+    return attend
+
+
+def read_back(config: Config, cos_sin: torch.Tensor, chunk: Chunk, impl: str | None = None) -> Attend:
+    """A packed chunk [1, N] joins the cache and attends to it alone: queries are rounded over quantised pages."""
+
+    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
+        pages = chunk.cache.pages[layer]
+        q = _appended(qkv, b, config, cos_sin, pages, chunk.positions, chunk.slots, impl=impl)
+        out = torch.empty_like(q)
+        for which, mine in _sequences(chunk):
+            length = chunk.before[which] + chunk.counts[which]
+            keys, values = _held(pages, chunk.cache.table[which], length, config.head_dim, torch.float32)
+            mine_q = q[mine].float()
+            if pages.spec.quantised:
+                codes, step = rounded_q(mine_q)
+                mine_q = codes * step
+            out[mine] = _bottom_right(mine_q, keys, values).to(q.dtype)
+        return out.view(1, len(out), -1)
+
+    return attend
+
+
+def one(config: Config, cos_sin: torch.Tensor, cache: Cache, **how: Any) -> Attend:
+    """One new token of each sequence, which joins the cache where `cache.point` says; `how` goes to the ops."""
+
+    def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
+        pages = cache.pages[layer]
+        q = _appended(qkv, b, config, cos_sin, pages, cache.positions, cache.slots, **how)
+        out, _ = attention_decode(q, pages, cache.table, cache.ends, max_kv_len=cache.room, **how)
+        return out.view(*qkv.shape[:2], -1)
+
+    return attend
+
+
+def _appended(
+    qkv: torch.Tensor,
+    b: Block,
+    config: Config,
+    cos_sin: torch.Tensor,
+    pages: KVPages,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    **how: Any,
+) -> torch.Tensor:
+    """Queries [N, H, D], normed and turned; keys and values have joined the pages."""
+    parts = (config.heads, config.kv_heads, config.kv_heads)
+    q, k, v = qkv.view(len(slots), sum(parts), config.head_dim).split(parts, 1)
+    norms = {} if b.qk_norm is None else {"q_weight": b.qk_norm[0], "k_weight": b.qk_norm[config.heads]}
+    turn: dict[str, Any] = {"positions": positions, "cos_sin": cos_sin, "eps": config.norm_eps, **norms}
+    return kv_append(k, v, pages, slots, q=q, **turn, **how)
+
+
+def _sequences(chunk: Chunk) -> Iterator[tuple[int, slice]]:
+    first = 0
+    for which, count in enumerate(chunk.counts):
+        yield which, slice(first, first + count)
+        first += count
+
+
+def _held(
+    pages: KVPages, row: torch.Tensor, length: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` keys and values [length, Hkv, D] of a sequence whose row of the table is given, dequantised."""
+    at = torch.arange(length, device=row.device)
+    k, v = read(pages, row[: pages_of(length, PAGE)][at // PAGE].long(), at % PAGE, size)
+    if pages.mu is not None:
+        k = k + pages.mu
+    return k.to(dtype), v.to(dtype)
+
+
+def _bottom_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """n queries [n, H, D] at the end of S keys and values [S, Hkv, D]: query i sees keys 0 .. S - n + i. -> [n, H, D]"""
+    fresh, length = len(q), len(k)
+    at = torch.arange(length, device=q.device)
+    keys, values = (part.transpose(0, 1)[None] for part in (k, v))
+    parts = []
+    for first in range(0, fresh, _ROWS):
+        rows = q[first : first + _ROWS]
+        ends = length - fresh + first + torch.arange(len(rows), device=q.device)
+        last = length - fresh + first + len(rows)  # keys after it are seen by none of these
+        mask = at[:last] <= ends[:, None]
+        found = F.scaled_dot_product_attention(
+            rows.transpose(0, 1)[None], keys[:, :, :last], values[:, :, :last], attn_mask=mask,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        parts.append(found[0].transpose(0, 1))
+    return torch.cat(parts)
