@@ -46,7 +46,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     if as_json:  # `percard --json verb` means `percard verb --json`
-        verbs = ("quantize", "verify", "generate", "doctor", "inspect", "tune", "demo")
+        verbs = ("quantize", "verify", "calibrate-kv", "generate", "doctor", "inspect", "tune", "demo")
         context.default_map = {verb: {"as_json": True} for verb in verbs} | {
             "bench": {name: {"as_json": True} for name in ("model", "ops", "slot", "report")}
         }
@@ -138,6 +138,37 @@ def verify(
         verdict = compose.verify(dst, against, level=level, text=text, tokens=tokens, progress=progress)
     _show(verdict, as_json)
     raise typer.Exit(verdict.exit_code)
+
+
+@app.command(
+    "calibrate-kv", help=manual.CALIBRATE_KV, short_help="Choose a cache spec for each layer, measured on a text."
+)
+def calibrate_kv(
+    path: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a checkpoint, FP16 or quantised.")],
+    text: Annotated[Path, typer.Option(help="Text to measure on: a text file or *.jsonl.")],
+    budget: Annotated[float, typer.Option(help="KL in nats a token that all layers together may cost.")] = 0.002,
+    specs: Annotated[
+        str, typer.Option(help="What a layer may become, with commas: int8, k8v4, int4, k8v4-sym, int4-sym.")
+    ] = "int8,k8v4,int4",
+    tokens: Annotated[int, typer.Option(min=32, help="Read so many tokens of --text.")] = 8192,
+    force: Annotated[bool, typer.Option("--force", help="Replace a calibration that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how much work it is; stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    from . import calibrate_kv as calibration
+
+    with console.showing_progress(as_json) as progress:
+        found = calibration.calibrate(
+            path,
+            text,
+            budget=budget,
+            specs=[name for name in specs.split(",") if name],
+            tokens=tokens,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    _show(found, as_json)
 
 
 @app.command(help=manual.GENERATE, short_help="Complete a prompt.")

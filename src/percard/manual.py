@@ -52,6 +52,19 @@ With a text both models run side by side, two blocks in memory at a time, in fp3
 training; one that was calibrated on is told by its hash and makes the result red. 3-bit weights have no gate.
 """
 
+CALIBRATE_KV = """Choose a cache spec for each layer of the model in DIR: as few bytes as a KL budget allows, measured on a text.
+
+\b
+  percard calibrate-kv ./Qwen3-8B --text held.txt                     bf16, int8, k8v4 or int4 by layer, KL up to 0.002
+  percard calibrate-kv ./Qwen3-8B --text held.txt --budget 0.01 --specs k8v4,int4
+  percard calibrate-kv ./Qwen3-8B --text held.txt --dry-run           how much work it is
+  percard generate ./Qwen3-8B --prompt "import " --kv calibrated      uses what was found
+
+Half of the text's windows are learnt from: the mean of every key channel, which is taken off before keys are rounded, and
+what each layer costs alone. The other half says what all layers cost together. Writes percard_kv.json and
+percard_kv.safetensors into DIR, and nothing before the end; config.json and the weights stay untouched.
+"""
+
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
 
 \b
