@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...formats.kvcache import PAGE, KVPages, pages_of
+from ...formats.kvcache import PAGE, pages_of
+from ..attention_cases import paged
 from ..inspection import Expect
 from ..shapes import Case, empty, generator
 
@@ -19,15 +20,26 @@ DEPTHS = ((1, 512), (1, 8192), (1, 32768), (8, 8192), (64, 1024))
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
-    """Sequences of `lengths` keys with `tokens` fresh ones each; `strided`: pages whose heads lie inside of rows."""
+    """Sequences of `lengths` keys with `tokens` fresh ones each, or those of `fresh`. `spec` "" is bf16, pages as they are.
+
+    `layout`: kernels/attention_cases.py. `csr`: tables in pieces.
+    """
 
     heads: int = 1
     kv_heads: int = 1
     page: int = PAGE
     tokens: int = 1
     lengths: tuple[int, ...] = (1,)
-    strided: bool = False
     deterministic: bool = False
+    fresh: tuple[int, ...] = ()
+    window: int = -1
+    sinks: bool = False
+    softcap: float = 0.0
+    mu: bool = False
+    layout: str = ""
+    csr: bool = False
+    q_bits: int = 8
+    splits: int = 0
 
     @property
     def keys(self) -> int:
@@ -43,15 +55,19 @@ def small(
     dtype: torch.dtype,
     tokens: int = 1,
     page: int = 16,
-    *flags: str,
+    spec: str = "",
+    **more: Any,
 ) -> AttentionCase:
-    """A small case; its name says all: `small.s1-130.n1.q4.kv2.d64.p16.fp16`."""
+    """A small case; its name says all: `small.s1-130.n1.q4.kv2.d64.p16.fp16.int8.window9`."""
     kind = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
-    sizes = "-".join(map(str, lengths))
-    name = ".".join([f"small.s{sizes}.n{tokens}.q{heads}.kv{kv_heads}.d{size}.p{page}.{kind}", *flags])
-    on = ("strided" in flags, "deterministic" in flags)
-    m, n = len(lengths) * tokens, heads * size
-    return AttentionCase(name, m, n, size, "", dtype, False, True, heads, kv_heads, page, tokens, lengths, *on)
+    sizes, fresh = "-".join(map(str, lengths)), "-".join(map(str, more.get("fresh", (tokens,))))
+    said = [k if v is True else v if k == "layout" else f"{k}{v}" for k, v in more.items() if v and k != "fresh"]
+    name = ".".join(["small", f"s{sizes}.n{fresh}.q{heads}.kv{kv_heads}.d{size}.p{page}.{kind}", spec, *said])
+    m = sum(more["fresh"]) if more.get("fresh") else len(lengths) * tokens
+    tokens = max(more.get("fresh") or (tokens,))
+    return AttentionCase(
+        name.replace("..", "."), m, heads * size, size, spec, dtype, False, True, heads, kv_heads, page, tokens, lengths, **more
+    )  # fmt: skip
 
 
 SMALL = (
@@ -60,11 +76,40 @@ SMALL = (
     small((64, 65), 8, 2, 128, BF16, 1, 64),
     small((33, 7), 10, 2, 80, FP16, 7),
     small((16, 300), 6, 1, 96, FP16, 16, 32),
-    small((700,), 8, 2, 64, FP16, 2, 16, "strided"),
+    small((700,), 8, 2, 64, FP16, 2, 16, layout="nhd"),
     small((257, 2), 7, 7, 128, FP32, 2, 128),
     small((90,), 16, 1, 256, FP16, 1, 32),
-    small((1100, 3), 4, 1, 32, FP16, 1, 16, "deterministic"),
+    small((1100, 3), 4, 1, 32, FP16, 1, 16, deterministic=True),
     small((3, 0), 5, 1, 48, BF16, 4),  # fewer keys than fresh tokens: the first ones see nothing
+)
+FORMS = (  # what pages hold, and options
+    small((70, 21), 4, 2, 64, FP16, 2, window=9, sinks=True),
+    small((90, 4, 17), 4, 2, 32, FP32, softcap=20.0, fresh=(3, 1, 7), csr=True),
+    small((130, 1, 0, 200), 4, 2, 64, FP16, 1, 16, "int8"),
+    small((130, 33), 4, 2, 64, FP16, 1, 16, "k8v4", mu=True),
+    small((64, 65), 8, 2, 128, FP16, 1, 64, "int4"),
+    small((33, 7), 10, 2, 80, FP16, 7, 16, "int8", mu=True),
+    small((33, 70), 5, 1, 80, FP16, 2, 16, "int4", mu=True),
+    small((16, 300), 6, 1, 96, FP16, 16, 32, "k8v4"),
+    small((300, 3), 4, 1, 96, FP32, 1, 32, "int4-sym", mu=True, deterministic=True),
+    small((129, 5), 8, 1, 256, FP16, 2, 128, "k8v4-sym"),
+    small((90, 4, 17), 4, 2, 64, FP16, 1, 16, "int8", fresh=(3, 1, 7), mu=True, sinks=True),
+    small((90, 4, 17), 4, 2, 64, FP16, 1, 16, "int4", fresh=(1, 16, 0), csr=True),
+    small((150, 40), 4, 2, 64, FP16, 1, 16, "int8", window=21, softcap=15.0, mu=True, sinks=True),
+    small((150, 0), 4, 2, 64, FP16, 2, 16, "k8v4", window=21, sinks=True),
+    small((140, 6), 4, 2, 64, FP16, 1, 16, "int4", window=70, softcap=15.0, mu=True),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "int8", layout="nhd"),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "k8v4", layout="record", mu=True),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "int4", layout="record"),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "int8", layout="inline"),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "int4", layout="inline"),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "k8v4", layout="zeros"),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "int4", layout="zeros", mu=True),
+    small((40, 9), 4, 2, 64, FP16, 1, 1, "int8", layout="nhd", csr=True),
+    small((70, 9), 4, 2, 64, FP16, 2, 16, "int8", q_bits=16, mu=True),
+    small((70, 9), 4, 2, 64, FP16, 1, 16, "int4", q_bits=16),
+    small((70, 9), 4, 2, 64, BF16, 1, 64, "int8"),
+    small((600, 40), 4, 2, 32, FP16, 1, 16, "int4-sym", splits=2),
 )
 REAL = tuple(
     AttentionCase(
@@ -82,27 +127,23 @@ REAL = tuple(
     for b, s in DEPTHS
     for n in (1, 4)
 )
-CASES = SMALL + REAL
+CASES = SMALL + FORMS + REAL
 
 
 def inputs(case: AttentionCase, seed: int, device: str = "cpu") -> tuple[Any, ...]:
-    """The op's arguments for a case, random in `seed`: pages in random order, NaN wherever no key lies."""
+    """The op's arguments for a case, random in `seed`: pages in random order, poison wherever no key lies."""
     random = generator(case, seed, device)
-    per, batch = pages_of(case.keys, case.page), len(case.lengths)
-    count = batch * per + 2
-    table = torch.randperm(count, generator=random, device=random.device)[: batch * per].view(batch, per).int()
-    shape = (2, count, case.page, case.kv_heads, case.k)
-    drawn = torch.randn(shape, generator=random, device=random.device).to(case.dtype)
-    live = torch.zeros(count, case.page, dtype=torch.bool, device=device)
-    for row, length in zip(table, case.lengths, strict=True):
-        at = torch.arange(length, device=device)
-        live[row[at // case.page].long(), at % case.page] = True
-    drawn[:, ~live] = float("nan")
-    k, v = drawn.transpose(2, 3)
-    pages = KVPages(k, v) if case.strided else KVPages(k.contiguous(), v.contiguous())
-    q = torch.randn(case.m, case.heads, case.k, generator=random, device=random.device).to(case.dtype)
+    given = paged(
+        random, case.lengths, case.kv_heads, case.k, case.dtype, case.page, case.spec or "bf16", case.layout, case.mu, case.csr
+    )  # fmt: skip
+    q = torch.randn(case.m, case.heads, case.k, generator=random, device=device).to(case.dtype)
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
-    return q, pages, table, lengths, case.keys, case.tokens, None, case.deterministic, True
+    q_starts = None
+    if case.fresh:
+        q_starts = torch.tensor((0, *case.fresh), device=device).cumsum(0).int()
+    sinks = torch.randn(case.heads, generator=random, device=device) if case.sinks else None
+    how = (case.keys, case.tokens, None, case.deterministic, True, q_starts, case.window, sinks, case.softcap)
+    return q, given.pages, given.table, lengths, *how, case.splits, case.q_bits, given.table_starts
 
 
 def blank(case: AttentionCase) -> tuple[Any, ...]:

@@ -34,8 +34,8 @@ BOTH = ("kv_append", "attention_decode")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def attention(body: Any, seed: int, *case: Any) -> tuple[Any, ...]:
-    return attention_cases.inputs(attention_cases.small(*case), seed, body.where)
+def attention(body: Any, seed: int, *case: Any, **more: Any) -> tuple[Any, ...]:
+    return attention_cases.inputs(attention_cases.small(*case, **more), seed, body.where)
 
 
 @only(*BOTH)
@@ -107,9 +107,9 @@ def test_nan_in_one_sequence_stays_there(body: Any, seed: int) -> None:
 @only("attention_decode")
 def test_a_sequence_does_not_depend_on_the_batch(body: Any, seed: int) -> None:
     if body.name == "triton" and body.where == "cpu":
-        case = attention_cases.small((1100, 70), 4, 2, 32, FP16, 1, 16, "deterministic")
+        case = attention_cases.small((1100, 70), 4, 2, 32, FP16, 1, 16, deterministic=True)
     else:
-        case = attention_cases.small((1100, 70, 513, 2000), 8, 2, 128, FP16, 2, 64, "deterministic")
+        case = attention_cases.small((1100, 70, 513, 2000), 8, 2, 128, FP16, 2, 64, deterministic=True)
     q, pages, table, lengths, keys, n = attention_cases.inputs(case, seed, body.where)[:6]
     whole = body.op(q, pages, table, lengths, keys, n, deterministic=True, with_lse=True, impl=body.name)
     for b in range(len(lengths)):
@@ -282,7 +282,11 @@ def append_row(**changes: Any) -> tuple[Any, ...]:
         (ValueError, lambda: attention_decode(*row(keys=40)), "at least .2, 3. pages of 16 tokens"),
         (ValueError, lambda: attention_decode(*row(lengths=torch.ones(2))), "expected int32 for both"),
         (ValueError, lambda: attention_decode(*row(), 3), "2 tokens and lengths"),
-        (Unsupported, lambda: attention_decode(*row(q=torch.zeros(34, 4, 32)), 17), "expected 1 to 16; attention_prefill"),
+        (
+            Unsupported,
+            lambda: attention_decode(*row(q=torch.zeros(34, 4, 32)), 17),
+            "expected 1 to 16; attention_prefill",
+        ),
         (ValueError, lambda: attention_decode(*row(), window=0), "expected a window of 1 or more"),
         (ValueError, lambda: attention_decode(*row(), softcap=-1.0), "softcap >= 0"),
         (ValueError, lambda: attention_decode(*row(), sinks=torch.zeros(3)), "one for each query head"),
