@@ -1,9 +1,10 @@
 """What a rounded cache does to a model's words: of one layer alone, or of all layers at once, against a cache as it is.
 
 The bytes are those of formats/kvcache.py, without pages: keys and values of a window go through `quantize` and `dequantize`
-on their way into attention, every one of them, as in a decode, where the newest token is read back too. Attention itself is
-fp32 on both sides, so that what is seen comes from the cache and from nothing else. The offset `mu` is not added back: softmax
-does not see it. The cache as it is holds the type of the checkpoint (bf16), whatever the model computes in here.
+on their way into attention, every one of them, as in a decode, where the newest token is read back too; queries are rounded
+as kernels round them over quantised pages. Attention itself is fp32 on both sides, so that nothing else is seen. The offset
+`mu` is not added back: softmax does not see it. The cache as it is holds the type of the checkpoint (bf16), whatever the
+model computes in here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from ..formats.kvcache import BF16, KVSpec, dequantize, quantize
+from ..kernels.attention import rounded_q
 from .engine import Model
-from .engine.model import Attend, Mix, block, causal
+from .engine.attend import Attend, Mix, causal
+from .engine.model import block
 from .quality import Quality
 
 _CHUNK = 256  # positions whose logits exist at one time, on both sides
@@ -50,8 +53,12 @@ def mixing(layers: Sequence[Held], stored: torch.dtype) -> Mix:
         k = k.float() if held.mu is None else k.float() - held.mu[:, None]
         k = held_as(k, held.spec.k_bits, held.spec.symmetric, stored)
         v = held_as(v, held.spec.v_bits, held.spec.symmetric, stored)
+        rows = q.float()
+        if held.spec.quantised:
+            codes, step = rounded_q(rows)
+            rows = codes * step
         gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q.float(), k, v, is_causal=True, enable_gqa=gqa).to(q.dtype)
+        return F.scaled_dot_product_attention(rows, k, v, is_causal=True, enable_gqa=gqa).to(q.dtype)
 
     return mix
 

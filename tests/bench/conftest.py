@@ -138,3 +138,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
         return made[key]
 
     return make
+
+
+def write_biased(
+    folder: Path,
+    *,
+    still: tuple[int, ...] = (),
+    turning: tuple[int, ...] = (),
+    bias: tuple[float, float] = (30.0, 100.0),
+    layers: int = 4,
+) -> Path:
+    """A random Qwen2 with key biases of `bias` times the size of a key, as Qwen2.5 has them, in a few channels of some layers.
+
+    `still` layers have them in channels that RoPE hardly turns: 8 pairs of the slow end, which go 0.1 of a radian at most in
+    256 tokens, so that the bias is still there after RoPE, as an offset that all keys share. `turning` layers have them in
+    fast channels: one pair turns by a radian a token, the bias becomes a wave, and no static offset takes it off.
+    """
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers}
+    raw = raw_config("qwen2", **sizes)
+    config = parse_config(raw, "qwen2")
+    made = tensors_of(config)
+    half, generator = config.head_dim // 2, torch.Generator().manual_seed(5)
+    for layer in range(layers):
+        b = torch.randn(config.kv_heads, config.head_dim, generator=generator) / 2
+        slow = [*range(half - 8, half), *range(2 * half - 8, 2 * half)]
+        for channels in [slow] * (layer in still) + [[0, 1, half, half + 1]] * (layer in turning):
+            size = torch.empty(config.kv_heads, len(channels)).uniform_(*bias, generator=generator)
+            sign = torch.randint(0, 2, size.shape, generator=generator) * 2 - 1
+            b[:, channels] = size * sign
+        made[f"model.layers.{layer}.self_attn.k_proj.bias"] = b.flatten()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(
+        {n: t.contiguous() for n, t in made.items()}, str(folder / "model.safetensors"), metadata={"format": "pt"}
+    )
+    return folder
