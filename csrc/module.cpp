@@ -176,6 +176,15 @@ void attention_decode(const std::array<Address, 13>& pointers, const std::array<
                             splits});
 }
 
+// In the order of contract.native: pages, table .. k_out, v_out; sizes of pages, batch, total; strides; types and
+// forms.
+void gather_dequantize(const std::array<Address, 11>& pointers, const std::array<int64_t, 5>& sizes,
+                       const std::array<int64_t, 15>& strides, const std::array<int, 8>& form) {
+    ops().gather_dequantize({pages_of(&pointers[0], &sizes[0], &strides[0], &form[0]), at<int32_t>(pointers[5]),
+                             at<int32_t>(pointers[6]), at<int32_t>(pointers[7]), at<int32_t>(pointers[8]),
+                             at<void>(pointers[9]), at<void>(pointers[10]), sizes[3], sizes[4], strides[14], form[7]});
+}
+
 int isa_of(const std::string& name) {
     std::string known;
     for (int isa = 0; isa < kIsaCount; ++isa) {
@@ -231,6 +240,8 @@ NB_MODULE(_cpu, module) {
                "eps"_a, nogil());
     module.def("attention_decode", &percard::attention_decode, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
                "scale"_a, "softcap"_a, "splits"_a, nogil());
+    module.def("gather_dequantize", &percard::gather_dequantize, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
+               nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
                "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
     module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");

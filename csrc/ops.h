@@ -169,6 +169,19 @@ struct AttentionDecode {
     int64_t splits;  // of a sequence; 0: chunks of one length, whatever the sequence
 };
 
+// Rows starts[b] + t of k_out and v_out = what token t of sequence b holds in its pages, mu added to keys; others are 0
+struct GatherDequantize {
+    KvPages pages;
+    const int32_t* table;         // rows stride_tb apart, or at table_starts
+    const int32_t* table_starts;  // [batch + 1] or null
+    const int32_t* lengths;       // [batch]
+    const int32_t* starts;        // [batch + 1], rising
+    void* k_out;                  // dtype [total, heads, size] or null, as v_out
+    void* v_out;
+    int64_t batch, total, stride_tb;
+    int dtype;
+};
+
 // The bodies of one ISA.
 struct Ops {
     void (*quantize_rows)(const QuantizeRows&);
@@ -182,21 +195,23 @@ struct Ops {
     void (*silu_mul_quantize)(const SiluMulQuantize&);
     void (*kv_append)(const KvAppend&);
     void (*attention_decode)(const AttentionDecode&);
+    void (*gather_dequantize)(const GatherDequantize&);
 };
 
-#define PERCARD_DECLARE(isa)                        \
-    namespace isa {                                 \
-    void quantize_rows(const QuantizeRows&);        \
-    void matmul_w8a8(const MatmulW8A8&);            \
-    void matmul_w4a16(const MatmulA16&);            \
-    void matmul_w8a16(const MatmulA16&);            \
-    void matmul_w4a8(const MatmulW4A8&);            \
-    void moe_matmul(const MoeMatmul&);              \
-    void search_scale(const SearchScale&);          \
-    void rmsnorm_quantize(const RmsnormQuantize&);  \
-    void silu_mul_quantize(const SiluMulQuantize&); \
-    void kv_append(const KvAppend&);                \
-    void attention_decode(const AttentionDecode&);  \
+#define PERCARD_DECLARE(isa)                         \
+    namespace isa {                                  \
+    void quantize_rows(const QuantizeRows&);         \
+    void matmul_w8a8(const MatmulW8A8&);             \
+    void matmul_w4a16(const MatmulA16&);             \
+    void matmul_w8a16(const MatmulA16&);             \
+    void matmul_w4a8(const MatmulW4A8&);             \
+    void moe_matmul(const MoeMatmul&);               \
+    void search_scale(const SearchScale&);           \
+    void rmsnorm_quantize(const RmsnormQuantize&);   \
+    void silu_mul_quantize(const SiluMulQuantize&);  \
+    void kv_append(const KvAppend&);                 \
+    void attention_decode(const AttentionDecode&);   \
+    void gather_dequantize(const GatherDequantize&); \
     }
 PERCARD_DECLARE(scalar)
 PERCARD_DECLARE(avx2)

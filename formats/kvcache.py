@@ -32,7 +32,7 @@ see q . mu, which is the same for all keys of a query (SageAttention, arXiv:2410
 
 Strides are free but for the last of k and v, which is 1, so caches of other engines are read in place: `v_scales` when K and V keep
 words apart (scale, then offset), fp32 words, `nibbles` "pairs" (byte j = x[2j] | x[2j + 1] << 4), `zeros` "zero" (x = (u - offset)
-* scale) or "mantissa" (the zero is the lowest four bits of the fp32 scale), pages of any power of two down to 1. Rows past the
+* scale, words bf16 too) or "mantissa" (the zero is the lowest four bits of the fp32 scale), pages of any power of two down to 1. Rows past the
 length of a sequence may hold anything, NaN too. Page 0 is as good as any other; a slot below 0 is no slot.
 """
 
@@ -344,7 +344,8 @@ def check_pages(
             found = "none" if words is None else f"{words.dtype} {tuple(words.shape)}"
             raise FormatError(f"{op}: the scales of {name} are {found}, expected {channels or 'none'} for {form}")
         wide = words.ndim == 4 and words.shape[:3] == k.shape[:3] and words.shape[3] >= channels
-        if not wide or words.dtype not in (torch.float16, torch.float32):
+        types = (torch.float16, torch.float32, *((torch.bfloat16,) if zeros == "zero" else ()))
+        if not wide or words.dtype not in types:
             found = f"{words.dtype} {tuple(words.shape)}"
             wanted = f"float16 or float32 {(*k.shape[:3], channels)}"
             raise FormatError(f"{op}: the scales of {name} are {found}, expected {wanted} for {form}")

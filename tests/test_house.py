@@ -39,6 +39,7 @@ FULL_OPS = (
     "moe_matmul",
     "kv_append",
     "attention_decode",
+    "gather_dequantize",
 )
 OFFLINE_OPS = ("search_scale",)  # no Triton body
 EVERY_OP_HAS = ("__init__.py", "contract.py", "reference.py", "cases.py", "README.md", "cpu.cpp")

@@ -26,6 +26,7 @@ OPS = [
     "silu_mul_quantize",
     "kv_append",
     "attention_decode",
+    "gather_dequantize",
 ]
 FIELDS = [
     "op",
