@@ -3,6 +3,8 @@
 `bench model` walks the whole road with a probe and a gate and takes wall times. A slot has minutes: it times the step
 that serving repeats, at a fixed depth of the cache, each side as one graph. The 16-bit side is kept between cells.
 
+With `kv` each cache named is a side as well: the same weights over quantised keys and values.
+
     tg.d1024.b16    one token for each of 16 sequences that have 1024 in the cache      pp512.b1    a prompt of 512
 """
 
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 
 from ..formats.spec import QuantSpec
-from . import card, clock
+from . import card, clock, contexts
 from .engine import Model, load, load_config
+from .engine.cache import Cache
 from .engine.config import Config
 
 PROMPT = 512
@@ -33,15 +36,16 @@ def cell(
     prompt: int = PROMPT,
     roof: Mapping[str, float] | None = None,
     impl: str | None = None,
+    kv: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows of one spec (None = the 16-bit side against itself): prefill, then a decode step at each batch.
 
-    Each quantised decode comes with its int8 head and, named "16bit head", with the head in 16 bits. The row of the
+    `kv` are caches that the step is timed over besides the bf16 one; the prefill is over bf16. Each quantised decode comes with its int8 head and, named "16bit head", with the head in 16 bits. The row of the
     last batch is the cell's own.
     """
     where = torch.device(device)
     limit = max(depth + 1, prompt)
-    layers = layers or fitting_layers(load_config(source), where, max(batches) * (depth + 1))
+    layers = layers or fitting_layers(load_config(source), where, max(batches) * (depth + 1) * (1 + len(kv)))
     base = _baseline(source, layers, device, limit)
     if not bool(torch.isfinite(base.logits(_ids(base, (1, 4)))).all()):
         raise ValueError(f"{source}: the 16-bit side gives NaN or Inf; its weights are not usable")
@@ -58,13 +62,15 @@ def cell(
             error = {"type": "Conformance", "message": f"{spec}: logits are NaN or Inf", "stage": "gate"}
             yield {"status": "failed", "quality": {"gate": "red", "reasons": [error["message"]]}, "error": error}
             return
+    prompted = {n: m for n, m in sides.items() if "16bit head" not in n}
+    sides |= {f"{name}, {cache} cache": sides[name].with_kv(cache) for cache in kv}
     row = functools.partial(_row, name=name, sides=sides, roof=roof or {}, layers=layers)
     with torch.inference_mode():
-        times = _prefill({n: m for n, m in sides.items() if "16bit head" not in n}, prompt, where, rounds)
+        times = _prefill(prompted, prompt, where, rounds)
         yield row(f"pp{prompt}.b1", "prefill", 1, prompt, times) | {"part": f"pp{prompt}.b1"}
         for batch in batches:
             seen = _decode(sides, batch, depth, where, rounds)
-            for side in [n for n in sides if n != "baseline"][::-1]:
+            for side in sorted((n for n in sides if n != "baseline"), key=lambda n: n == name):
                 last = batch == batches[-1] and side == name
                 made = row(f"tg.d{depth}.b{batch}", "decode", batch, depth, seen, name=side)
                 yield made if last else made | {"part": f"{side} b{batch}"}
@@ -104,12 +110,17 @@ def _prefill(sides: Mapping[str, Model], prompt: int, where: torch.device, round
 def _decode(
     sides: Mapping[str, Model], batch: int, depth: int, where: torch.device, rounds: int
 ) -> dict[str, clock.Sample]:
-    """Seconds of one step at `depth`. The sides share one cache: each reads the same keys and writes the same slot."""
-    any_side = next(iter(sides.values()))
-    cache, tokens = any_side.new_cache(batch, depth + 1), _ids(any_side, (batch,))
-    cache.fill_random()
+    """Seconds of one step at `depth`. Sides with equal caches share one: each reads the same keys and writes the same slot."""
+    tokens = _ids(next(iter(sides.values())), (batch,))
+    caches: dict[tuple[Any, ...], Cache] = {}
 
     def stepper(model: Model) -> Callable[[], torch.Tensor]:
+        kind = contexts.kind_of(model)
+        if kind not in caches:
+            caches[kind] = model.new_cache(batch, depth + 1)
+            caches[kind].fill_random()
+        cache = caches[kind]
+
         def step() -> torch.Tensor:
             cache.rewind(depth)
             return model.step(tokens, cache)
@@ -158,6 +169,8 @@ def _row(
         "shape": {"batch": batch, "isl": tokens, "kv_len": tokens},
         "scheme": {
             "spec": str(spec) if spec else dtype,
+            "kv_spec": model.kv.name,
+            "kv_bits": model.kv.bits,
             "weight_bits": spec.weight_bits if spec else 16,
             "act_bits": spec.act_bits if spec else 16,
             "group": spec.group if spec else None,
@@ -181,7 +194,11 @@ def _row(
         "latency_us": {n: v * 1e6 for n, v in latency.items()} | {"samples": [t * 1e6 for t in sample.samples]},
         "tokens": {kind: rate, "tok_s_per_card": rate, "vs_fp16": {"same_batch": versus}},
         "roofline": {"bytes": moved, "bound": "mem", "pct_of_roof": share} if moved else None,
-        "memory": {"weights": model.nbytes},
+        "memory": {
+            "weights": model.nbytes,
+            "kv": batch * tokens * model.kv_bytes_per_token,
+            "kv_bytes_per_token": model.kv_bytes_per_token,
+        },
         "quality": {
             "gate": "synthetic",
             "reasons": ["speed at true shapes, quality not measured"],

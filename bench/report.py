@@ -14,6 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from . import report_caches
 from .clock import Sample
 from .record import Record
 
@@ -28,7 +29,7 @@ class Row:
 
     `size_bytes` are the weights in memory of the model that was timed (of the one that was gated if none was).
     `*_ratio` is {ratio, ci95} against the baseline of the same rounds; `decode_tok_s_16bit_head` stands beside a
-    decode with an int8 copy of the head.
+    decode with an int8 copy of the head. `cache` names a quantised one, None = of 16 bits.
     """
 
     spec: str
@@ -47,14 +48,16 @@ class Row:
     prefill_ratio: dict[str, Any] | None = None
     decode_ratio: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    cache: str | None = None
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Lines from the model records of one run, baseline first. Later records of a cell replace earlier ones."""
+    """Lines from the model records of one run, baseline first. Later records of a cell replace earlier ones.
+
+    Of several caches and depths the first; all of them stand in report_caches.py's table.
+    """
     groups: dict[str, dict[tuple[str, str], Record]] = {}
-    for record in records:
-        if record.level != "model":
-            continue
+    for record in report_caches.first_of_each(r for r in records if r.level == "model"):
         named = "baseline" if record.scheme["spec"] in _FLOATS else record.scheme["spec"]
         phase = "prefill" if ".pp" in record.case else "decode"
         groups.setdefault(named, {})[phase, record.scheme["head"]] = record
@@ -89,6 +92,7 @@ def _row(group: Mapping[tuple[str, str], Record]) -> Row:
         prefill_ratio=_ratio(phases["prefill"]),
         decode_ratio=_ratio(phases["decode"]),
         notes=tuple(dict.fromkeys(notes)),
+        cache=report_caches.cache_of(first),
     )
 
 
@@ -158,8 +162,9 @@ def footnotes(records: Sequence[Record]) -> list[str]:
             found.setdefault(isa + (f", our bodies {record.body['isa']}" if record.body.get("isa") else ""))
         for words in record.clock.get("noisy") or ():
             found.setdefault(f"noisy: {words}")
+        cache = report_caches.cache_of(record)
         for words in [*(record.scheme.get("notes") or ()), *(quality.get("reasons") or ())]:
-            found.setdefault(f"{record.scheme['spec']}: {words}")
+            found.setdefault(f"{record.scheme['spec']}{f', {cache} KV' if cache else ''}: {words}")
     if any(words.startswith("torch uses") and "our bodies" in words for words in found):
         found = {w: None for w in found if not w.startswith("torch uses") or "our bodies" in w}
     return list(found)
@@ -182,7 +187,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
     beside = row.decode_tok_s_16bit_head if row.head != "16bit" else None
     return (
-        row.spec,
+        row.spec + (f", {row.cache} KV" if row.cache else ""),
         row.gate,
         number(row.kl, ".4f"),
         number(row.top1, ".1%"),
@@ -252,6 +257,8 @@ def write(
     found, files = rows(records), [target / "report.md", target / "report.json"]
     drawn, reason = picture(found, target / "pareto.png", title(records))
     parts = [f"# {heading}\n", markdown(found, title(records), footnotes(records))]
+    if caches := report_caches.rows(records):
+        parts.append(report_caches.markdown(caches))
     parts.append("![decode rate against agreement](pareto.png)\n" if drawn else f"{reason}\n")
     parts += [f"## {name}\n\n{body}\n" for name, body in sections.items()]
     files[0].write_text("\n".join(parts), encoding="utf-8")

@@ -35,6 +35,7 @@ MODELS = ("qwen3-8b", "qwen3-32b")
 SPECS = ("w4a16-g128", "w8a8", "w4a8-g128", "w4a8")
 MODEL_SPECS = (None, "w4a16-g128", "w8a8", "w4a8-g128")
 BATCHES, DEPTH = (1, 16, 64), 1024
+CACHES, CACHES_SPEC, CACHES_DEPTH = ("int8", "k8v4", "int4"), "w4a16-g128", 8192
 TUNED, TUNING = "tuned", "tuning.jsonl"
 TUNED_OPS, TUNED_MODEL, EXPERTS_MODEL = ("matmul_w4a16", "matmul_w8a8", "matmul_w4a8"), "qwen3-8b", "qwen3-30b-a3b"
 _PACKAGE = __package__
@@ -237,16 +238,24 @@ def tune_configs(run: Run) -> None:
 
 
 def time_model(run: Run) -> None:
-    """Prefill and decode of Qwen3-8B with synthetic weights, each spec against bf16, with int8 head and with 16-bit head."""
+    """Prefill and decode of Qwen3-8B with synthetic weights, each spec against bf16, with int8 head and with 16-bit head.
+
+    Then steps of one spec over each cache, at a depth where caches are read as long as weights.
+    """
     ops = _ops()
     on_card = run.device == "cuda"
     source, batches, depth, layers, rounds = "shape:qwen3-8b", list(BATCHES), DEPTH, None, 7
     if not on_card:
         source, batches, depth, layers, rounds = "shape:qwen3-0.6b", [1], 16, 1, 3
     cells = []
-    for spec in MODEL_SPECS:
-        if spec == "w4a16-g128" and not on_card:
-            continue
+    wanted: list[tuple[str | None, list[int], int, list[str]]] = [
+        (spec, batches, depth, []) for spec in MODEL_SPECS if on_card or spec != "w4a16-g128"
+    ]
+    if on_card:
+        wanted.append((CACHES_SPEC, [16], CACHES_DEPTH, list(CACHES)))
+    else:
+        wanted.append(("w8a8", [1], 2 * depth, ["int8"]))
+    for spec, batches, depth, kv in wanted:
         code = {"op_source_hash": ops.source_hash(*ops.OPS)}
         arguments: dict[str, Any] = {
             "source": source,
@@ -254,19 +263,19 @@ def time_model(run: Run) -> None:
             "batches": batches,
             "depth": depth,
             "layers": layers,
+            "kv": kv,
         }
         arguments |= {"device": run.device, "rounds": rounds, "roof": measured_roof(run.folder)}
         identity = {
             "task": "model",
-            **{k: arguments[k] for k in ("source", "spec", "batches", "depth", "layers", "rounds")},
+            **{k: arguments[k] for k in ("source", "spec", "batches", "depth", "layers", "rounds", "kv")},
             **code,
         }
         name = source.removeprefix("shape:")
         row = {"level": "model", "case": f"{name}.model.tg.d{depth}.b{batches[-1]}", "scheme": {"spec": spec or "bf16"}}
         row |= {"model": {"id": name, "weights": "synthetic"}, "code": code}
-        cells.append(
-            Cell(f"{name} {spec or 'bf16'}", f"{_PACKAGE}.decode:cell", arguments, 25.0, identity, row, kind="model")
-        )
+        words = f"{name} {spec or 'bf16'}{' over ' + ', '.join(kv) if kv else ''}"
+        cells.append(Cell(words, f"{_PACKAGE}.decode:cell", arguments, 25.0, identity, row, kind="model"))
     run.cells(cells)
 
 

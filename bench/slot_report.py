@@ -254,10 +254,24 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> str:
         batches = f"{versus['batch']} / {versus['batch_fp16']}"
         size = _number(row["memory"]["weights"] / 1e9, 2)
         gate, scheme = row["quality"]["gate"], row["scheme"]
-        body.append([row["case"], scheme["spec"], scheme["head"], layers, batches, _number(rate, 0), ratio, size, gate])
+        cache = scheme.get("kv_spec", "bf16")
+        body.append(
+            [row["case"], scheme["spec"], scheme["head"], cache, layers, batches, _number(rate, 0), ratio, size, gate]
+        )
     if not body:
         return ""
-    head = ["case", "spec", "head", "layers", "batch / float", "tok/s", "x float (95 %)", "weights GB", "quality"]
+    head = [
+        "case",
+        "spec",
+        "head",
+        "cache",
+        "layers",
+        "batch / float",
+        "tok/s",
+        "x float (95 %)",
+        "weights GB",
+        "quality",
+    ]
     title = "## Model at true shapes, synthetic weights: speed only, quality not measured\n\n"
     return title + _table(head, body)
 

@@ -130,12 +130,15 @@ def verify(
         str | None, typer.Option(help="bytes, weights, blocks or model; default: model with --text, else weights.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Read so many tokens of --text; default: all.")] = None,
+    kv: Annotated[
+        str, typer.Option(help="Caches to run DST over, with commas: int8,k8v4,int4,calibrated. Needs --text.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     from . import compose
 
     with console.showing_progress(as_json) as progress:
-        verdict = compose.verify(dst, against, level=level, text=text, tokens=tokens, progress=progress)
+        verdict = compose.verify(dst, against, level=level, text=text, tokens=tokens, kv=_words(kv), progress=progress)
     _show(verdict, as_json)
     raise typer.Exit(verdict.exit_code)
 
@@ -181,16 +184,20 @@ def generate(
         float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from this share of probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    kv: Annotated[
+        str | None, typer.Option(help="How the cache holds keys and values: bf16, int8, calibrated ...")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     from . import compose
 
-    done = compose.generate(path, prompt, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
+    done = compose.generate(path, prompt, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed, kv=kv)
     if as_json:
         console.emit_json(done)
     else:
         print(done.prompt + done.text)
-        print(f"[{done.tokens} tokens, {done.tokens_per_s:.1f} tok/s, {done.spec}]", file=sys.stderr)
+        cache = "" if done.kv == "bf16" else f", {done.kv} cache"
+        print(f"[{done.tokens} tokens, {done.tokens_per_s:.1f} tok/s, {done.spec}{cache}]", file=sys.stderr)
 
 
 @bench_app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
@@ -203,6 +210,8 @@ def bench_model(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
     new: Annotated[int, typer.Option(min=1, help="Tokens of decode, after them.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    kv: Annotated[str, typer.Option(help="Caches to decode over, with commas: bf16,int8,k8v4,int4.")] = "bf16",
+    context: Annotated[str, typer.Option(help="Depths to decode at, with commas: 1k,8k,32k; default: --prompt.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 3,
     head: Annotated[
         str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")
@@ -214,10 +223,11 @@ def bench_model(
 
     records = compose.bench_model(
         source,
-        [name for name in specs.split(",") if name],
+        _words(specs),
         against=against,
         text=text,
-        plan={"layers": layers, "prompt": prompt, "new": new, "batch": batch, "rounds": rounds, "head": head},
+        plan={"layers": layers, "prompt": prompt, "new": new, "batch": batch, "rounds": rounds, "head": head}
+        | {"kv": tuple(_words(kv)), "contexts": context},
         out=out,
         progress=console.showing_steps(as_json),
     )
@@ -248,8 +258,8 @@ def bench_ops(
     if not all(word.isdigit() for word in tokens.split(",")):
         raise typer.BadParameter(f"--tokens {tokens}: expected whole numbers with commas")
     records = ops.run(
-        [name for name in models.split(",") if name],
-        [name for name in specs.split(",") if name],
+        _words(models),
+        _words(specs),
         [int(word) for word in tokens.split(",")],
         impl=impl,
         rounds=rounds,
@@ -378,6 +388,11 @@ def demo(
     if as_json:
         console.emit_json(report.data)
     raise typer.Exit(report.exit_code)
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word for word in text.split(",") if word]
 
 
 def _show(result: Any, as_json: bool, render: Any = None) -> None:

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from .bench import engine, quality, slot_report
+from .bench import contexts, engine, quality, report_caches, slot_report
 from .bench import model as bench_module
 from .bench import record as record_module
 from .bench import report as bench_report
 from .bench.record import Record
+from .caches import CacheGate, gate_caches, is_quantised
+from .completion import Completion, complete
 from .console import DONE, GATE_RED
 from .formats.spec import FormatError
+from .hub import source
 from .quant import preflight as preflight_module
 from .quant import quantize as quantize_module
 from .quant import verify as verify_module
@@ -34,54 +36,8 @@ from .quant.report import Gate, Report, human
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .bench.engine import Model
 
 load = engine.load
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Weights that are not read, so that a hub download does not fetch them.
-_NOT_FETCHED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.gguf",
-    "*.ot",
-    "original/*",
-    "onnx/*",
-]
-
-
-def source(name: str | Path) -> Path:
-    """The folder that `name` means: a path, or a hub id that huggingface_hub has or fetches.
-
-    FormatError says in one line how to get it when it is neither here nor to be had.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FormatError(f"{name}: is a file; give the folder that holds config.json and the safetensors files")
-    text = str(name)
-    if not _HUB_ID.fullmatch(text):
-        raise FormatError(f"{name}: no such folder; give a checkpoint folder, or a hub id such as Qwen/Qwen3-8B")
-    by_hand = f"on a machine with network `hf download {text} --local-dir {text.split('/')[1]}`, then give that folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FormatError(
-            f"{text}: no such folder here, and huggingface_hub, which would fetch it, is not installed; "
-            f"pip install huggingface_hub, or {by_hand}"
-        ) from None
-    try:
-        return Path(snapshot_download(text, ignore_patterns=_NOT_FETCHED, etag_timeout=10))
-    except Exception as error:  # the hub client has many ways to fail; each means: not to be had
-        why = " ".join(str(error).split())[:160]
-        raise FormatError(
-            f"{text}: no such folder here, and the hub did not give it ({type(error).__name__}: {why}); {by_hand}"
-        ) from None
 
 
 def recipe(spec: str | None = None, *, file: str | Path | None = None, **flags: Any) -> Recipe:
@@ -125,23 +81,29 @@ def quantize(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found; `gate` with a text at level model, else None."""
+    """What `verify` found; `gate` with a text at level model, else None; `caches` with kv. No report for 16-bit weights."""
 
-    report: Report
+    report: Report | None
+    caches: tuple[CacheGate, ...] = ()
 
     @property
     def gate(self) -> Gate | None:
-        return self.report.gate
+        return None if self.report is None else self.report.gate
 
     @property
     def exit_code(self) -> int:
-        return GATE_RED if self.report.status == "red" else DONE
+        red = self.report is not None and self.report.status == "red"
+        return GATE_RED if red or any(found.gate == "red" for found in self.caches) else DONE
 
     def to_dict(self) -> dict[str, Any]:
-        return self.report.to_dict()
+        told = {} if self.report is None else self.report.to_dict()
+        return told | ({"caches": [asdict(found) for found in self.caches]} if self.caches else {})
 
     def show(self) -> list[RenderableType]:
-        return show_report(self.report)
+        lines = [] if self.report is None else show_report(self.report)
+        for found in self.caches:
+            lines += [found.show(), _verdict(f"cache {found.kv}", found.gate, "; ".join(found.reasons))]
+        return [*lines, self.caches[0].protocol] if self.caches else lines
 
 
 def verify(
@@ -151,15 +113,22 @@ def verify(
     level: str | None = None,
     text: str | Path | None = None,
     tokens: int | None = None,
+    kv: Sequence[str] = (),
     progress: Callback | None = None,
 ) -> Verdict:
     """Re-opens `dst` and compares it with `src`; with a held-out `text` also what both models say (level model).
 
-    level: bytes, weights, blocks or model; None = model with a text, else weights. tokens: of the text at most.
+    level: bytes, weights, blocks or model; None = model with a text, else weights. tokens: of the text at most. kv: caches to
+    run `dst` over, each against a bf16 one; `dst` may then hold 16-bit weights, of which nothing else is compared.
     """
+    origin = source(src)
     level = level or ("weights" if text is None else "model")
-    report = verify_module.verify(Path(dst), source(src), level=level, text=text, tokens=tokens, progress=progress)
-    return Verdict(report)
+    report = None
+    if not kv or is_quantised(dst):
+        report = verify_module.verify(Path(dst), origin, level=level, text=text, tokens=tokens, progress=progress)
+    if report is not None and report.failures:
+        return Verdict(report)
+    return Verdict(report, gate_caches(dst, origin, kv, text, tokens) if kv else ())
 
 
 def show_report(report: Report) -> list[RenderableType]:
@@ -204,69 +173,6 @@ def _verdict(subject: str, word: str, why: str = "") -> Text:
     return Text.assemble(subject, " ", (word, style), f" ({why})" if why else "")
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What a model added to `prompt`; `tokens` new ones in `seconds`, prefill included."""
-
-    prompt: str
-    text: str
-    tokens: int
-    seconds: float
-    spec: str
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
-
-
-def generate(
-    path: str | Path,
-    prompt: str,
-    *,
-    max_new: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Completion:
-    """`prompt` completed by the checkpoint in `path`, FP16 or quantised."""
-    folder = source(path)
-    return complete(load(folder), folder, prompt, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
-
-
-def complete(model: Model, folder: Path, prompt: str, *, max_new: int = 64, **sampling: Any) -> Completion:
-    """`prompt` completed by a loaded model, with the tokenizer of `folder`; `sampling` as in Model.generate."""
-    from tokenizers import Tokenizer
-
-    vocabulary = folder / "tokenizer.json"
-    if not vocabulary.is_file():
-        raise FormatError(f"{vocabulary}: not there; text needs the model's tokenizer, copy it from the source")
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise FormatError("--prompt is empty; give at least one character to go on from")
-    room = model.max_len - len(ids)
-    if room < 1:
-        raise FormatError(f"--prompt has {len(ids)} tokens, this model takes {model.max_len}; shorten it")
-    stop = {*model.config.eos, *_stop_ids(folder)}
-    start = time.perf_counter()
-    (new,) = model.generate([ids], min(max_new, room), stop=sorted(stop), **sampling)
-    seconds = time.perf_counter() - start
-    # Decoded with the prompt and cut, because a tokenizer may join bytes or spaces across the border.
-    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
-    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
-    return Completion(prompt, text, len(new), seconds, str(model.spec or str(model.dtype).removeprefix("torch.")))
-
-
-def _stop_ids(folder: Path) -> Sequence[int]:
-    """End-of-text ids of generation_config.json, which chat models extend beyond config.json's."""
-    try:
-        value = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return ()
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int)]
-
-
 def bench_model(
     name: str | Path,
     specs: Sequence[str],
@@ -277,11 +183,21 @@ def bench_model(
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Speed of a checkpoint or `shape:<name>` in 16 bits and in `specs`; `plan` as in bench.model.Plan."""
+    """Speed of a checkpoint or `shape:<name>` in 16 bits and in `specs`; `plan` as in bench.model.Plan, contexts as "1k,8k" too."""
     where = name if str(name).startswith("shape:") else source(name)
     origin = None if against is None else source(against)
-    wanted = bench_module.Plan(**(plan or {}))
-    command = f"percard bench model {name} --specs {','.join(specs)}"
+    given = dict(plan or {})
+    if isinstance(given.get("contexts"), str):
+        given["contexts"] = contexts.parse(given["contexts"])
+    wanted = bench_module.Plan(**given)
+    words = ["percard bench model", str(name), *(["--specs", ",".join(specs)] if specs else [])]
+    if wanted.contexts or wanted.kv != ("bf16",):
+        words += [
+            "--kv",
+            ",".join(wanted.kv),
+            *(["--context", ",".join(map(str, wanted.contexts))] if wanted.contexts else []),
+        ]
+    command = " ".join(words)
     return bench_module.run(
         where, specs, plan=wanted, against=origin, text=text, out=out, progress=progress, command=command
     )
@@ -293,6 +209,8 @@ def show_records(records: Sequence[Record]) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if models:
         parts.append(bench_report.table(bench_report.rows(models), bench_report.title(models)))
+        if caches := report_caches.rows(models):
+            parts.append(report_caches.table(caches, "decode over caches and contexts"))
         parts += [f"- {words}" for words in bench_report.footnotes(models)]
     if any(record.level == "op" for record in records):
         parts.append(slot_report.of_records(records))
