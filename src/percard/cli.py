@@ -189,9 +189,9 @@ def generate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    from . import compose
+    from . import completion
 
-    done = compose.generate(path, prompt, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed, kv=kv)
+    done = completion.generate(path, prompt, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed, kv=kv)
     if as_json:
         console.emit_json(done)
     else:
