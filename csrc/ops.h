@@ -113,12 +113,15 @@ struct SearchScale {
     float norm;
 };
 
-// pages[slots[t]] = turn(norm(k[t])), v[t]; q_out[t] = turn(norm(q[t])). A negative slot is skipped.
+// pages[slots[t]] = turn(norm(k[t])), v[t], as they are or quantised; q_out[t] = turn(norm(q[t])). A negative slot is
+// skipped. formats/kvcache.py says what lies in a page.
 struct KvAppend {
     const void* k;  // dtype [tokens, kv_heads, size], as v
     const void* v;
-    void* k_pages;  // dtype [pages, kv_heads, page, size], as v_pages
+    void* k_pages;  // [pages, kv_heads, page, row]: dtype (k_bits 16), int8, or bytes of two 4-bit numbers; as v_pages
     void* v_pages;
+    uint16_t* scales;          // fp16 [pages, kv_heads, page, words] or null
+    const float* mu;           // [kv_heads, size] or null: taken from keys before they are quantised
     const int64_t* slots;      // [tokens], page * page size + row
     const void* q;             // dtype [tokens, heads, size] or null
     void* q_out;               // the same, contiguous
@@ -127,9 +130,12 @@ struct KvAppend {
     const void* q_weight;      // dtype [size] or null: not normed
     const void* k_weight;
     int64_t tokens, heads, kv_heads, size, page;
+    int64_t k_row, v_row;  // elements of a row of pages that are written, bytes past the numbers included
     int64_t stride_kt, stride_kth, stride_vt, stride_vth, stride_qt, stride_qh;  // of a token, of a head
     int64_t stride_kp, stride_kh, stride_kr, stride_vp, stride_vh, stride_vr;    // of a page, of a head, of a row
-    int dtype;
+    int64_t stride_sp, stride_sh, stride_sr, stride_sw;                          // of scales: and of a number of a word
+    int dtype, k_bits, v_bits, words;
+    bool symmetric;
     float eps;
 };
 

@@ -234,16 +234,17 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rows [..., D] of a float type as (int8 [..., D] or bytes [..., row], scale fp16 [...], offset fp16 [...] or None)."""
     x = x.float()
+    # divisors are tensors, since torch multiplies by the inverse of a number on a card
     good = torch.isfinite(x).all(-1)
     x = x.where(good[..., None], torch.zeros_like(x))
     offset = None
     if bits == 4 and not symmetric:
         low, high = x.amin(-1), x.amax(-1)
-        scale, offset = (high - low) / 15, low.clamp(-LARGEST, LARGEST).half()
+        scale, offset = (high - low) / x.new_tensor(15.0), (low.clamp(-LARGEST, LARGEST) + 0.0).half()  # never -0
         first, last = 0, 15
     else:
         last = 127 if bits == 8 else 7
-        scale, first = x.abs().amax(-1) / last, -last
+        scale, first = x.abs().amax(-1) / x.new_tensor(float(last)), -last
     scale = scale.clamp(SMALLEST, LARGEST).half()
     shifted = x if offset is None else x - offset.float()[..., None]
     codes = (shifted / scale.float()[..., None]).clamp(first, last).round()

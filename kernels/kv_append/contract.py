@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...formats.kvcache import KVPages, check_pages, parse_form
+from ...formats.kvcache import KVPages, check_pages, parse_form, row_length
 from ...formats.spec import FormatError
 from ..op import DTYPE_CODES, Cost, pointer, rows_contiguous
 from ..weight import check_place, ulp
@@ -152,12 +152,30 @@ def cost(*flat: Any) -> Cost:
 
 def native(out: torch.Tensor, *flat: Any) -> tuple[int | float, ...]:
     a = Append(*flat)
-    k, v, q, k_pages, v_pages = a.k, a.v, a.q, a.k_pages, a.v_pages
-    held = (k, v, k_pages, v_pages, a.slots, q, out, a.positions, a.cos_sin, a.q_weight, a.k_weight)
+    k, v, q, k_pages, v_pages, scales = a.k, a.v, a.q, a.k_pages, a.v_pages, a.scales
+    held = (k, v, k_pages, v_pages, scales, a.mu, a.slots, q, out, a.positions, a.cos_sin, a.q_weight, a.k_weight)
     sizes = (k.shape[0], 0 if q is None else q.shape[1], *k_pages.shape[1:2], k.shape[2], k_pages.shape[2])
     strides = (*k.stride()[:2], *v.stride()[:2], *((0, 0) if q is None else q.stride()[:2]))
-    strides = (*strides, *k_pages.stride()[:3], *v_pages.stride()[:3])
-    return (*(pointer(t) for t in held), *sizes, *strides, DTYPE_CODES[k.dtype], a.eps)
+    strides = (
+        *strides,
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        *((0,) * 4 if scales is None else scales.stride()),
+    )
+    spec = parse_form(a.form).spec
+    kinds = (DTYPE_CODES[k.dtype], spec.k_bits, spec.v_bits, spec.channels, int(spec.symmetric))
+    return (*(pointer(t) for t in held), *sizes, *rows_written(*flat), *strides, *kinds, a.eps)
+
+
+def rows_written(*flat: Any) -> tuple[int, int]:
+    """Elements of a row of k_pages and of v_pages that a call writes: of 4-bit rows also what fills them up."""
+    a = Append(*flat)
+    spec, size = parse_form(a.form).spec, a.k.shape[2]
+    k, v = (
+        min(row_length(bits, size), rows.shape[3])
+        for bits, rows in ((spec.k_bits, a.k_pages), (spec.v_bits, a.v_pages))
+    )
+    return k, v
 
 
 def tolerance(want: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
@@ -186,4 +204,4 @@ def triton_takes(*flat: Any) -> str | None:
 
 
 def cpu_takes(*flat: Any) -> str | None:
-    return None if flat[4] is None else "does not write quantised pages yet; use impl='reference'"
+    return None
