@@ -79,41 +79,29 @@ void search_scale(Address w, Address out, int64_t n, int64_t k, int64_t stride_w
     ops().search_scale({at<float>(w), at<void>(out), n, k, stride_wn, bits, group, symmetric != 0, scale_dtype, norm});
 }
 
-void kv_append(Address k, Address v, Address k_pages, Address v_pages, Address slots, Address q, Address q_out,
-               Address positions, Address cos_sin, Address q_weight, Address k_weight, int64_t tokens, int64_t heads,
-               int64_t kv_heads, int64_t size, int64_t page, int64_t stride_kt, int64_t stride_kth, int64_t stride_vt,
-               int64_t stride_vth, int64_t stride_qt, int64_t stride_qh, int64_t stride_kp, int64_t stride_kh,
-               int64_t stride_kr, int64_t stride_vp, int64_t stride_vh, int64_t stride_vr, int dtype, double eps) {
-    ops().kv_append({at<void>(k),
-                     at<void>(v),
-                     at<void>(k_pages),
-                     at<void>(v_pages),
-                     at<int64_t>(slots),
-                     at<void>(q),
-                     at<void>(q_out),
-                     at<int64_t>(positions),
-                     at<float>(cos_sin),
-                     at<void>(q_weight),
-                     at<void>(k_weight),
-                     tokens,
-                     heads,
-                     kv_heads,
-                     size,
-                     page,
-                     stride_kt,
-                     stride_kth,
-                     stride_vt,
-                     stride_vth,
-                     stride_qt,
-                     stride_qh,
-                     stride_kp,
-                     stride_kh,
-                     stride_kr,
-                     stride_vp,
-                     stride_vh,
-                     stride_vr,
-                     dtype,
-                     static_cast<float>(eps)});
+void kv_append(Address k, Address v, Address k_pages, Address v_pages, Address scales, Address mu, Address slots,
+               Address q, Address q_out, Address positions, Address cos_sin, Address q_weight, Address k_weight,
+               int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t page, int64_t k_row,
+               int64_t v_row, int64_t stride_kt, int64_t stride_kth, int64_t stride_vt, int64_t stride_vth,
+               int64_t stride_qt, int64_t stride_qh, int64_t stride_kp, int64_t stride_kh, int64_t stride_kr,
+               int64_t stride_vp, int64_t stride_vh, int64_t stride_vr, int64_t stride_sp, int64_t stride_sh,
+               int64_t stride_sr, int64_t stride_sw, int dtype, int k_bits, int v_bits, int words, int symmetric,
+               double eps) {
+    KvAppend a{};
+    a.k = at<void>(k), a.v = at<void>(v), a.k_pages = at<void>(k_pages), a.v_pages = at<void>(v_pages);
+    a.scales = at<uint16_t>(scales), a.mu = at<float>(mu), a.slots = at<int64_t>(slots);
+    a.q = at<void>(q), a.q_out = at<void>(q_out), a.positions = at<int64_t>(positions), a.cos_sin = at<float>(cos_sin);
+    a.q_weight = at<void>(q_weight), a.k_weight = at<void>(k_weight);
+    a.tokens = tokens, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.page = page;
+    a.k_row = k_row, a.v_row = v_row;
+    a.stride_kt = stride_kt, a.stride_kth = stride_kth, a.stride_vt = stride_vt, a.stride_vth = stride_vth;
+    a.stride_qt = stride_qt, a.stride_qh = stride_qh;
+    a.stride_kp = stride_kp, a.stride_kh = stride_kh, a.stride_kr = stride_kr;
+    a.stride_vp = stride_vp, a.stride_vh = stride_vh, a.stride_vr = stride_vr;
+    a.stride_sp = stride_sp, a.stride_sh = stride_sh, a.stride_sr = stride_sr, a.stride_sw = stride_sw;
+    a.dtype = dtype, a.k_bits = k_bits, a.v_bits = v_bits, a.words = words, a.symmetric = symmetric != 0;
+    a.eps = static_cast<float>(eps);
+    ops().kv_append(a);
 }
 
 // The pages of an attention: addresses of k, v, their scales and mu; heads, size and page; strides; types and forms.
@@ -233,11 +221,12 @@ NB_MODULE(_cpu, module) {
     module.def("moe_matmul", &percard::moe_matmul, "x"_a, "sx"_a, "w"_a, "scale"_a, "zero"_a, "ids"_a, "weights"_a,
                "y"_a, "tokens"_a, "topk"_a, "experts"_a, "n"_a, "k"_a, "group"_a, "stride_xm"_a, "stride_se"_a,
                "x_dtype"_a, "y_dtype"_a, "batch_invariant"_a, nogil());
-    module.def("kv_append", &percard::kv_append, "k"_a, "v"_a, "k_pages"_a, "v_pages"_a, "slots"_a, "q"_a, "q_out"_a,
-               "positions"_a, "cos_sin"_a, "q_weight"_a, "k_weight"_a, "tokens"_a, "heads"_a, "kv_heads"_a, "size"_a,
-               "page"_a, "stride_kt"_a, "stride_kth"_a, "stride_vt"_a, "stride_vth"_a, "stride_qt"_a, "stride_qh"_a,
-               "stride_kp"_a, "stride_kh"_a, "stride_kr"_a, "stride_vp"_a, "stride_vh"_a, "stride_vr"_a, "dtype"_a,
-               "eps"_a, nogil());
+    module.def("kv_append", &percard::kv_append, "k"_a, "v"_a, "k_pages"_a, "v_pages"_a, "scales"_a, "mu"_a, "slots"_a,
+               "q"_a, "q_out"_a, "positions"_a, "cos_sin"_a, "q_weight"_a, "k_weight"_a, "tokens"_a, "heads"_a,
+               "kv_heads"_a, "size"_a, "page"_a, "k_row"_a, "v_row"_a, "stride_kt"_a, "stride_kth"_a, "stride_vt"_a,
+               "stride_vth"_a, "stride_qt"_a, "stride_qh"_a, "stride_kp"_a, "stride_kh"_a, "stride_kr"_a, "stride_vp"_a,
+               "stride_vh"_a, "stride_vr"_a, "stride_sp"_a, "stride_sh"_a, "stride_sr"_a, "stride_sw"_a, "dtype"_a,
+               "k_bits"_a, "v_bits"_a, "words"_a, "symmetric"_a, "eps"_a, nogil());
     module.def("attention_decode", &percard::attention_decode, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
                "scale"_a, "softcap"_a, "splits"_a, nogil());
     module.def("gather_dequantize", &percard::gather_dequantize, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
