@@ -11,15 +11,16 @@ computed, found as a prefix, or come from steps; what measures the quality of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ...formats.kvcache import PAGE, KVPages, pages_of, read
+from ...formats.kvcache import KVPages
 from ...kernels.attention import rounded_q
 from ...kernels.attention_decode import attention_decode
+from ...kernels.gather_dequantize import gather_dequantize
 from ...kernels.kv_append import kv_append
 from .cache import Cache, Chunk
 from .config import Config
@@ -81,14 +82,13 @@ def after(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, chunk: Chun
     cos, sin = spread(cos_sin[chunk.positions], dtype)  # [N, 1, D]
 
     def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
-        pages = chunk.cache.pages[layer]
         q, k, v = (part[0] for part in _turned(qkv, b, config, cos, sin))  # [N, heads, D]
         out = torch.empty_like(q)
-        for which, mine in _sequences(chunk):
-            held = _held(pages, chunk.cache.table[which], chunk.before[which], config.head_dim, dtype)
-            keys, values = (torch.cat((old, new[mine])) for old, new in zip(held, (k, v), strict=True))
+        held = _held(chunk, layer, chunk.before, config.head_dim, dtype, impl)
+        for mine, old in zip(_sequences(chunk), held, strict=True):
+            keys, values = (torch.cat((prefix, new[mine])) for prefix, new in zip(old, (k, v), strict=True))
             out[mine] = _bottom_right(q[mine], keys, values)
-        kv_append(k, v, pages, chunk.slots, impl=impl)
+        kv_append(k, v, chunk.cache.pages[layer], chunk.slots, impl=impl)
         return out.view(1, len(out), -1)
 
     return attend
@@ -100,15 +100,15 @@ def read_back(config: Config, cos_sin: torch.Tensor, chunk: Chunk, impl: str | N
     def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
         pages = chunk.cache.pages[layer]
         q = _appended(qkv, b, config, cos_sin, pages, chunk.positions, chunk.slots, impl=impl)
+        seen = q.float()
+        if pages.spec.quantised:
+            codes, step = rounded_q(seen)
+            seen = codes * step
         out = torch.empty_like(q)
-        for which, mine in _sequences(chunk):
-            length = chunk.before[which] + chunk.counts[which]
-            keys, values = _held(pages, chunk.cache.table[which], length, config.head_dim, torch.float32)
-            mine_q = q[mine].float()
-            if pages.spec.quantised:
-                codes, step = rounded_q(mine_q)
-                mine_q = codes * step
-            out[mine] = _bottom_right(mine_q, keys, values).to(q.dtype)
+        lengths = [n + m for n, m in zip(chunk.before, chunk.counts, strict=True)]
+        held = _held(chunk, layer, lengths, config.head_dim, torch.float32, impl)
+        for mine, (keys, values) in zip(_sequences(chunk), held, strict=True):
+            out[mine] = _bottom_right(seen[mine], keys, values).to(q.dtype)
         return out.view(1, len(out), -1)
 
     return attend
@@ -144,22 +144,25 @@ def _appended(
     return kv_append(k, v, pages, slots, q=q, **turn, **how)
 
 
-def _sequences(chunk: Chunk) -> Iterator[tuple[int, slice]]:
+def _sequences(chunk: Chunk) -> Iterator[slice]:
+    """The tokens of each sequence among the packed ones."""
     first = 0
-    for which, count in enumerate(chunk.counts):
-        yield which, slice(first, first + count)
+    for count in chunk.counts:
+        yield slice(first, first + count)
         first += count
 
 
 def _held(
-    pages: KVPages, row: torch.Tensor, length: int, size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `length` keys and values [length, Hkv, D] of a sequence whose row of the table is given, dequantised."""
-    at = torch.arange(length, device=row.device)
-    k, v = read(pages, row[: pages_of(length, PAGE)][at // PAGE].long(), at % PAGE, size)
-    if pages.mu is not None:
-        k = k + pages.mu
-    return k.to(dtype), v.to(dtype)
+    chunk: Chunk, layer: int, lengths: Sequence[int], size: int, dtype: torch.dtype, impl: str | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each sequence its first `lengths[b]` keys and values in the pages of a layer, [length, Hkv, D] in `dtype`."""
+    table = chunk.cache.table
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    some = (torch.tensor(lengths, dtype=torch.int32).to(table.device), starts.to(table.device, torch.int32))
+    rows = gather_dequantize(
+        chunk.cache.pages[layer], table, *some, total=sum(lengths), dtype=dtype, size=size, impl=impl
+    )
+    return list(zip(*(part.split(list(lengths)) for part in rows), strict=True))
 
 
 def _bottom_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
