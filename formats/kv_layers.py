@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from .header import print_header, read_header, read_json
-from .kvcache import KVSpec
+from .kvcache import SPECS, KVSpec
 from .spec import FormatError
 
 SCHEMA = 1
@@ -112,23 +112,20 @@ class KVLayers:
             raise FormatError(f"{path}: is missing; percard calibrate-kv {folder} --text F writes it")
         raw = read_json(path, _MAX_BYTES)
         if type(schema := raw.get("schema")) is not int or schema != SCHEMA:
-            raise FormatError(f"{path}: schema {schema!r}, this percard reads {SCHEMA}; {_AGAIN}")
+            raise FormatError(f"{path}: schema {_shown(schema)}, this percard reads {SCHEMA}; {_AGAIN}")
         if raw.get("config_sha256") != fingerprint(folder):
             raise FormatError(f"{path}: was measured on a model with another config.json; {_AGAIN} for this one")
-        sizes = {}
-        for key, wanted in (("kv_heads", kv_heads), ("head_dim", head_dim)):
-            sizes[key] = raw.get(key)
-            if type(sizes[key]) is not int or not 1 <= sizes[key] <= 1 << 20 or sizes[key] != (wanted or sizes[key]):
-                raise FormatError(f"{path}: {key} is {sizes[key]!r}, expected {wanted or 'a number above 0'}; {_AGAIN}")
+        shape = (_size(path, raw, "kv_heads", kv_heads), _size(path, raw, "head_dim", head_dim))
         rows = raw.get("layers")
         if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
             raise FormatError(f'{path}: layers is not a list of {{"spec": name, "offset": true or false}}; {_AGAIN}')
+        if odd := [row["spec"] for row in rows if row["spec"] not in SPECS]:
+            raise FormatError(f"{path}: cache spec {_shown(odd[0])} is not one; known: {', '.join(SPECS)}; {_AGAIN}")
         if layers is not None and len(rows) != layers:
             raise FormatError(f"{path}: holds {len(rows)} layers, the model has {layers}; {_AGAIN}")
         calibration = raw.get("calibration")
         if not isinstance(calibration, dict):
             raise FormatError(f"{path}: calibration is a {type(calibration).__name__}, expected an object; {_AGAIN}")
-        shape = (sizes["kv_heads"], sizes["head_dim"])
         found = _read_offsets(folder / OFFSETS, raw.get("offsets_sha256"), [row["offset"] for row in rows], shape)
         try:
             specs = tuple(KVSpec.parse(row["spec"]) for row in rows)
@@ -154,6 +151,20 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _size(path: Path, raw: Mapping[str, Any], key: str, wanted: int | None) -> int:
+    """A size of the JSON; FormatError unless it is one, and the one that is wanted."""
+    found = raw.get(key)
+    if type(found) is not int or not 1 <= found <= 1 << 20 or (wanted is not None and found != wanted):
+        raise FormatError(f"{path}: {key} is {_shown(found)}, expected {wanted or 'a number above 0'}; {_AGAIN}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in an error, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and isinstance(row.get("spec"), str) and isinstance(row.get("offset"), bool)
 
@@ -174,7 +185,7 @@ def _read_offsets(
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)[0]
         says = "holds" if odd in tensors else "lacks"
-        raise FormatError(f"{path}: {says} {odd!r}, and {LAYERS} says otherwise; {_AGAIN}")
+        raise FormatError(f"{path}: {says} {_shown(odd)}, and {LAYERS} says otherwise; {_AGAIN}")
     found: list[torch.Tensor | None] = [None] * len(wanted)
     for i, has in enumerate(wanted):
         if not has:

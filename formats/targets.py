@@ -42,12 +42,12 @@ def patience(modules: Iterable[str]) -> Iterator[str]:
 
 
 @lru_cache(maxsize=4096)
-def _regex(pattern: str, length: int) -> re.Pattern[str]:
-    """A compiled regex that cannot take forever on a name of at most `length` characters; FormatError otherwise.
+def guarded(pattern: str, length: int, where: str = "quantization_config: target") -> re.Pattern[str]:
+    """A compiled regex that cannot take forever on a name of at most `length` characters; FormatError, with `where`, otherwise.
 
     A config comes from strangers, and `(a+)+$` takes years on a name of forty characters.
     """
-    where = f"quantization_config: target {'re:' + pattern!r}"
+    where = f"{where} {'re:' + pattern!r}"
     try:
         ways, regex = _ways(_parser.parse(pattern), length), re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -88,7 +88,7 @@ def matches(name: str, targets: Iterable[str], kind: int | None = None) -> bool:
         if target.startswith("re:"):
             if kind not in (None, 1):
                 continue
-            if _regex(target[3:], 1 << len(name).bit_length()).match(name):
+            if guarded(target[3:], 1 << len(name).bit_length()).match(name):
                 return True
         elif (kind in (None, 0) and target == name) or (kind in (None, 2) and target == "Linear"):
             return True

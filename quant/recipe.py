@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from ..formats.spec import FormatError, QuantSpec
+from ..formats.targets import guarded
 from . import fields
 from .fields import RecipeError
 from .methods import METHODS
@@ -40,6 +41,7 @@ from .text import Calibration
 __all__ = ["Calibration", "Callback", "Progress", "Recipe", "RecipeError", "Serve", "Step", "compiled"]
 
 MAX_BYTES = 1 << 20
+_NAME = 64  # characters of a module name that every regex of a recipe must be able to match in time; a longer one checks again
 VERIFY_LEVELS = ("none", "bytes", "weights", "blocks", "model")
 EXPERTS = ("blend", "routed", "all")
 PASSES = ("sublayer", "block")
@@ -279,14 +281,21 @@ class Recipe:
 
 
 def compiled(pattern: str, where: str = "pattern") -> Callable[[str], bool]:
-    """Whether a module name is meant by `pattern`: the whole name, or `re:` and a regex (matched from the front)."""
+    """Whether a module name is meant by `pattern`: the whole name, or `re:` and a regex (matched from the front).
+
+    RecipeError for a regex that is none, or that could take forever on a name: recipes are handed around, as configs are.
+    """
     if not pattern.startswith("re:"):
         return lambda name: name == pattern
-    try:
-        regex = re.compile(pattern[3:])
-    except re.error as error:
-        raise RecipeError(f"{where}: {pattern!r} is not a regex ({error})") from None
-    return lambda name: regex.match(name) is not None
+
+    def regex(length: int) -> re.Pattern[str]:
+        try:
+            return guarded(pattern[3:], length, f"{where}:")
+        except FormatError as error:
+            raise RecipeError(str(error)) from None
+
+    regex(_NAME)
+    return lambda name: regex(max(_NAME, 1 << len(name).bit_length())).match(name) is not None
 
 
 def _from_tree(tree: Any) -> Recipe:

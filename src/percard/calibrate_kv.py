@@ -257,7 +257,10 @@ def _alone(
             sums[layer] += torch.tensor(found, dtype=torch.float64)
     means = (sums / sum(len(piece) - 1 for piece in pieces)).view(len(offsets), len(specs), 2).tolist()
     return tuple(
-        tuple(_best(spec, *pair, _bytes_of(spec, model.config)) for spec, pair in zip(specs, row, strict=True))
+        tuple(
+            _best(spec, without, with_, _bytes_of(spec, model.config))
+            for spec, (without, with_) in zip(specs, row, strict=True)
+        )
         for row in means
     )
 

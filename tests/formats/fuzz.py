@@ -3,7 +3,7 @@
     python tests/formats/fuzz.py --count 10000 --seed 7 --work DIR        one JSON line at the end; exit 1 with findings
 
 Each case changes a valid folder (a byte, a number, a name, a link, a pipe ...), then opens it, reads all tensors, parses
-configs, now and then quantises it, and puts it back. A finding is anything but FormatError, RecipeError, OSError and what
+configs, reads the calibration of a cache, now and then quantises it, and puts it back. A finding is anything but FormatError, RecipeError, OSError and what
 `quantize.run` documents: another exception, more than `LIMIT_S` of processor time, more than `LIMIT_BYTES` of memory on
 top, a file written outside of the work folder's output, a pickle that is opened, a module of the checkpoint that is
 imported, a process or a connection that is started, a message of several lines. Run by test_fuzz.py in a process of its own.
@@ -12,9 +12,11 @@ imported, a process or a connection that is started, a message of several lines.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -33,6 +35,7 @@ from percard.formats import affine
 from percard.formats import compressed_tensors as ct
 from percard.formats.checkpoint import MARKER, Checkpoint, Writer
 from percard.formats.header import read_json
+from percard.formats.kv_layers import LAYERS, OFFSETS, KVLayers
 from percard.formats.spec import FormatError
 from percard.quant import preflight, quantize
 from percard.quant.recipe import Recipe, RecipeError
@@ -81,6 +84,25 @@ def convert(folder: Path, out: Path) -> None:
     quantize.run(folder, out, recipe)
     assert not (out / MARKER).exists()
     read_json(out / "config.json")
+
+
+def read_cache(folder: Path, rng: random.Random) -> None:
+    """Reads the calibration of a cache, now and then with offsets that a hand has changed together with their hash."""
+    said, offsets = folder / LAYERS, folder / OFFSETS
+    if (
+        rng.random() < 0.7
+        and offsets.is_file()
+        and not offsets.is_symlink()
+        and not said.is_symlink()
+        and said.is_file()
+    ):
+        held = rb'(?<="offsets_sha256": ")\w{64}'
+        now = hashlib.sha256(offsets.read_bytes()).hexdigest().encode()
+        said.write_bytes(re.sub(held, now, said.read_bytes()))
+    found = KVLayers.load(folder, **rng.choice([{}, {"kv_heads": 2, "head_dim": 16}, {"layers": 4}]))
+    for spec, mu in zip(found.specs, found.mu, strict=True):
+        assert mu is None or (spec.quantised and mu.shape == (found.kv_heads, found.head_dim) and mu.isfinite().all())
+    assert found.bytes_per_token() > 0 and found.name
 
 
 def clean(folder: Path) -> None:
@@ -185,7 +207,7 @@ def fuzz(work: Path, count: int, seed: int, say: Callable[[str], None] = lambda 
     os.fsync = lambda fd: None  # no power will be cut here, and it is most of the time of a case
     (outside / "secret.json").write_text('{"secret": 1}')
     folders = corpus(work / "in")
-    guard = Guard([work / "results", work / "in" / "half"])
+    guard = Guard([work / "results", work / "in" / "half", work / "in" / "cache"])
     before = {path.name: path.read_bytes() for path in outside.iterdir()}
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, resource.RLIM_INFINITY))
@@ -193,7 +215,7 @@ def fuzz(work: Path, count: int, seed: int, say: Callable[[str], None] = lambda 
     findings: list[str] = []
     for case in range(count):
         rng = random.Random(seed * 1_000_003 + case)
-        which = rng.choices(["plain", "quantized", "recipe", "half"], [40, 40, 15, 5])[0]
+        which = rng.choices(["plain", "quantized", "recipe", "half", "cache"], [36, 36, 13, 5, 10])[0]
         what, action = "", which
         if which == "recipe":
             text = mutate_bytes(RECIPE.encode(), rng).decode(
@@ -208,6 +230,8 @@ def fuzz(work: Path, count: int, seed: int, say: Callable[[str], None] = lambda 
             what = f"{name}: {mutate_file(folder / name, files[name], rng, outside)}"
             if which == "half":
                 call = lambda folder=folder: clean(folder)  # noqa: E731
+            elif which == "cache":
+                call = lambda folder=folder, rng=rng: read_cache(folder, rng)  # noqa: E731
             elif which == "plain" and rng.random() < 0.05:
                 action = "quantize"
                 shutil.rmtree(out, ignore_errors=True)

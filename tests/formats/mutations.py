@@ -17,6 +17,8 @@ import torch
 from percard.formats import affine
 from percard.formats import compressed_tensors as ct
 from percard.formats.checkpoint import MARKER, Writer
+from percard.formats.kv_layers import KVLayers
+from percard.formats.kvcache import KVSpec
 from percard.formats.spec import QuantSpec
 
 Files = dict[str, bytes]
@@ -83,7 +85,7 @@ class Bomb:
 
 
 def corpus(work: Path) -> dict[str, tuple[Path, Files]]:
-    """The valid folders that are changed: 16-bit, quantised, and an output that was not finished."""
+    """The valid folders that are changed: 16-bit, quantised, a calibrated cache, and an output that was not finished."""
     plain = _weights(CONFIG)
     packed: dict[str, torch.Tensor] = {}
     specs: dict[str, QuantSpec] = {}
@@ -108,7 +110,14 @@ def corpus(work: Path) -> dict[str, tuple[Path, Files]]:
     (half / MARKER).write_text(json.dumps({"made_folder": False, "files": ["model.safetensors", "deep/x.json"]}))
     (half / "model.safetensors.tmp").write_bytes(b"x")
     (half / "mine.txt").write_text("not of percard")
+    cache = work / "cache"
+    cache.mkdir()
+    (cache / "config.json").write_text(json.dumps(CONFIG))
+    offsets = (torch.randn(2, 16, generator=torch.Generator().manual_seed(0)), None, torch.zeros(2, 16), None)
+    names = ("int4", "bf16", "k8v4", "int8")
+    KVLayers(tuple(map(KVSpec.parse, names)), offsets, 2, 16, {"text": "t.txt", "kl": 0.001}).save(cache)
     return {
+        "cache": (cache, {file.name: file.read_bytes() for file in sorted(cache.iterdir())}),
         "plain": (work / "plain", _folder(work / "plain", plain, CONFIG)),
         "quantized": (work / "quantized", _folder(work / "quantized", packed, quantized)),
         "half": (half, {file.name: file.read_bytes() for file in sorted(half.iterdir())}),
@@ -129,7 +138,7 @@ VALUES: list[Any] = [
     [2**62, 2**62], [True], ["x"], [None], {"x": 1}, {"": {}}, "F8_E8M0", "C64", "BOOL", "I64", "F33", "Linear", "re:(", "re:.*",
     "re:(a|a)*$", "re:(.*)*x", "re:(([a-z_.0-9])+)+!", "re:" + ".*" * 30 + "x", "re:" + "a?" * 40, "re:" + "(.|.)" * 40 + "!",
     "re:(?=(.+)+!)", "re:(.+)\\1+!", "re:" + "(" * 200, "re:[[", "re:a{1,999999999}", "group", "tensor", "channel", "float", "int",
-    "pack-quantized", "int-quantized", "marlin-24", "sparse-24-bitmask",
+    "int8", "bf16", "k8v4-sym", "layers.0.mu", "layers.1.mu", "pack-quantized", "int-quantized", "marlin-24", "sparse-24-bitmask",
 ]  # fmt: skip
 
 

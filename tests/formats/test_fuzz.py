@@ -21,7 +21,7 @@ from percard.formats.checkpoint import MARKER, Checkpoint, Writer
 from percard.formats.header import read_json
 from percard.formats.spec import FormatError, QuantSpec
 from percard.formats.targets import matches, patience
-from percard.quant.recipe import Recipe, RecipeError
+from percard.quant.recipe import Recipe, RecipeError, compiled
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 
@@ -43,7 +43,9 @@ def run(folder: Path, count: int, seed: int, limit_s: float) -> dict[str, Any]:
 
 def test_a_few_hundred_mutations(tmp_path: Path) -> None:
     found = run(tmp_path, 300, seed=1, limit_s=600)
-    assert {"plain refused", "quantized refused", "recipe refused", "quantize accepted"} <= set(found["by"])
+    assert {"plain refused", "quantized refused", "recipe refused", "quantize accepted", "cache refused"} <= set(
+        found["by"]
+    )
 
 
 @pytest.mark.full
@@ -114,6 +116,23 @@ def test_regexes_that_would_never_end(pattern: str) -> None:
     with pytest.raises(FormatError, match="could take forever"):
         ct.specs(section(targets=["re:" + pattern]), ["a" * 40 + ".weight_packed"])
     assert time.process_time() - began < 5.0
+
+
+@pytest.mark.parametrize("pattern", HOSTILE)
+def test_regexes_of_a_recipe_that_would_never_end(pattern: str) -> None:
+    """Recipes are handed around as configs are; `layers` and `ignore` hold regexes against every module's name."""
+    began = time.process_time()
+    for flags in ({"layers": {"re:" + pattern: "w8a16"}}, {"ignore": ["re:" + pattern]}):
+        with pytest.raises(RecipeError, match="could take forever"):
+            Recipe.from_flags(spec="w4a16-g64", **flags)
+    assert time.process_time() - began < 5.0
+
+
+def test_a_regex_of_a_recipe_is_held_against_long_names_with_care() -> None:
+    meant = compiled("re:" + r".*\.mlp.*\.experts.*\.(gate|up)_proj.*", "layers")  # four loops
+    assert meant("model.layers.3.mlp.experts.12.gate_proj") and not meant("model.layers.3.mlp.experts.12.down_proj")
+    with pytest.raises(RecipeError, match=r"layers: .* could take forever"):
+        meant("a" * 5000)
 
 
 @pytest.mark.parametrize(
