@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import __version__, compose, console
+from . import __version__, console, hub
 from .bench import card, engine, kv_quality
 from .bench.kv_quality import Held, Judge
 from .bench.quality import Quality
@@ -153,7 +153,7 @@ def calibrate(
     if not budget >= 0:
         raise ValueError(f"--budget {budget} is no KL; give nats a token, such as {BUDGET}")
     wanted = _parsed(specs)
-    folder = compose.source(path)
+    folder = hub.source(path)
     if not force and not dry_run:
         refuse_existing(folder)
     config = engine.load_config(folder)

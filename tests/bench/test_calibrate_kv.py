@@ -155,7 +155,7 @@ def test_an_offset_is_kept_where_it_helps(tmp_path, text):
 
 
 def test_the_engine_runs_on_what_was_written(found, bad_layer):
-    model = load(bad_layer, device="cpu", kv="calibrated", impl="reference")
+    model = load(bad_layer, device="cpu", kv="calibrated")
     assert [str(spec) for spec in model.kv.specs] == [str(c.spec) for c in found.plan]
     cache = model.new_cache(1, 64)
     assert [str(pages.spec) for pages in cache.pages] == [str(c.spec) for c in found.plan]
@@ -224,3 +224,25 @@ def test_a_quantised_copy_does_not_carry_it_along(found, bad_layer, tmp_path):
         shutil.copy(bad_layer / name, tmp_path / "w8")
     with pytest.raises(FormatError, match="another config"):
         load(tmp_path / "w8", kv="calibrated")
+
+
+def test_verify_uses_what_was_written(tmp_path, capsys):
+    """The trained model, its own tokenizer, and a text as files of words."""
+    folder = tmp_path / "tiny"
+    shutil.copytree("examples/tiny-qwen3", folder)
+    held = str(folder / "heldout.txt")
+    words = ["calibrate-kv", str(folder), "--text", held, "--tokens", "512", "--specs", "k8v4", "--budget", "0.001"]
+    assert cli.run([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    kinds = [row["spec"] for row in said["layers"]]
+    assert {"bf16", "k8v4"} == set(kinds)
+    verify = ["verify", str(folder), "--against", str(folder), "--text", held, "--tokens", "512", "--kv", "calibrated"]
+    assert cli.run([*verify, "--json"]) in (0, 4)
+    found = json.loads(capsys.readouterr().out)
+    (cache,) = found["caches"]
+    assert cache["kv"] == "calibrated" and cache["bytes_per_token"] == said["calibrated"]["bytes_per_token"]
+    assert cache["bytes_per_token_bf16"] == said["bytes_per_token_as_it_is"] and 0 < cache["kl"] < 0.003
+    (folder / "percard_kv.safetensors").unlink()
+    capsys.readouterr()
+    assert cli.run(["generate", str(folder), "--prompt", "x", "--kv", "calibrated"]) == 2
+    assert "percard_kv.safetensors: is missing" in capsys.readouterr().err

@@ -106,8 +106,7 @@ def test_the_engine_over_pages_measures_the_same(tiny, heldout):
     """The same figures through pages, tables and slots, where the engine keeps bf16 layers in fp32."""
     for name in ("int8", "k8v4", "int4"):
         specs = (KVSpec.parse(name),) * 8
-        paged = dataclasses.replace(tiny.with_kv(specs), impl="reference")
-        found = compare(tiny, paged, heldout[0], 512)
+        found = compare(tiny, tiny.with_kv(specs), heldout[0], 512)
         ours = Judge(tiny, heldout[:1], quiet)([Held(spec) for spec in specs])
         assert found.kl == pytest.approx(ours.kl, rel=0.25)
 
@@ -135,7 +134,7 @@ def test_a_model_with_strong_key_biases(biased, drawn):
         shifted[name] = judge([Held(spec, mu) for mu in offsets])
     assert plain["int8"].kl < plain["k8v4"].kl < plain["int4"].kl
     assert shifted["int8"].kl < shifted["k8v4"].kl < shifted["int4"].kl
-    # Without an offset 4-bit keys lose the model; with it they are as good as those of a model without such biases.
+    # Without an offset 4-bit keys lose the model; with it they lose a fortieth of that.
     assert plain["int4"].kl > 0.3 and plain["int4"].top1 < 0.5
     assert shifted["int4"].kl < plain["int4"].kl / 10 and shifted["int4"].top1 > plain["int4"].top1 + 0.3
     assert shifted["int4-sym"].kl < plain["int4-sym"].kl / 5
