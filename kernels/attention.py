@@ -176,8 +176,10 @@ def rounded_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scale) of rows [..., D] in fp32: codes whole numbers of -127 .. 127, scale [..., 1] = absmax / 127."""
     q = q.float()
     most = q.abs().amax(-1, keepdim=True)
-    by = torch.where(most > 0, 127.0 / most, torch.zeros_like(most))
-    return (q * by).round(), most / 127.0
+    # A tensor of 127s: torch turns 127.0 / t into 127 * (1 / t), and on a card a division by a number into a product.
+    levels = torch.full_like(most, 127.0)
+    by = torch.where(most > 0, levels / most, torch.zeros_like(most))
+    return (q * by).round(), most / levels
 
 
 class Sequence(NamedTuple):

@@ -106,23 +106,30 @@ def describe(launch: Any) -> str:
             continue
         if isinstance(value, bool):
             words += [key.lower()] if value else []
-        else:
+        elif isinstance(value, int):
             words.append(f"{short.get(key, key.lower())}{value if value < 1 << 30 else 'row'}")
+        else:
+            words.append(value.name)
     dtypes = [str(a.dtype).removeprefix("torch.") for a in launch.args if isinstance(a, torch.Tensor)]
     return " ".join([*words, f"{dtypes[0]}>{dtypes[-1]}"])
 
 
 def key(launch: Any) -> tuple:
     """What decides about the machine code: kernel, compile-time options, types, and which sizes divide by 16."""
-    traits: list[Any] = []
-    for parameter, value in zip(launch.kernel.params, launch.args, strict=False):
-        if isinstance(value, torch.Tensor):
-            traits.append(value.dtype)
-        elif isinstance(value, tuple):
-            traits.append(tuple(1 if v == 1 else v % 16 == 0 for v in value))
-        elif not parameter.do_not_specialize:
-            traits.append(1 if value == 1 else value % 16 == 0)
+    traits = [
+        _trait(value, parameter.do_not_specialize)
+        for parameter, value in zip(launch.kernel.params, launch.args, strict=False)
+    ]
     return launch.kernel.__name__, tuple(launch.options.items()), tuple(traits)
+
+
+def _trait(value: Any, any_number: bool = False) -> Any:
+    """What Triton specialises a kernel on of an argument: a type, and of a whole number whether it is 1 or divides by 16."""
+    if isinstance(value, tuple):
+        return tuple(map(_trait, value))
+    if any_number or not isinstance(value, int):
+        return getattr(value, "dtype", type(value))
+    return 1 if value == 1 else value % 16 == 0
 
 
 def plan(op: str, case: Case, arch: str) -> list[Any]:

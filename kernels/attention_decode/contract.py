@@ -103,18 +103,8 @@ def tolerance(want: Outputs, *flat: Any) -> Outputs:
 
 
 def triton_takes(*flat: Any) -> str | None:
-    a = Attention(*flat[:-1])
-    plain = {
-        "quantised pages": not a.quantised,
-        "a key offset mu": a.mu is None,
-        "tables in pieces (table_starts)": a.table_starts is None,
-        "unequal numbers of fresh tokens (q_starts)": a.q_starts is None,
-        "sinks": a.sinks is None,
-        "a sliding window": a.window < 0,
-        "softcap": not a.softcap,
-    }
-    missing = next((name for name, is_ in plain.items() if not is_), None)
-    return None if missing is None else f"{missing} is not built yet; use impl='reference' or pages without"
+    scale = Attention(*flat[:-1]).scale
+    return None if scale > 0 else f"takes scales above 0, this one is {scale}; use impl='reference'"
 
 
 def cpu_takes(*flat: Any) -> str | None:

@@ -10,8 +10,20 @@ import torch
 import triton
 import triton.language as tl
 
+from ...formats.kvcache import parse_form
 from .. import tuning
 from ..attention import Attention
+from ..attention_reading import reading, sides
+from ..attention_tiles import (
+    load_queries,
+    load_tile,
+    meet,
+    no_sums,
+    page_at,
+    rounded_queries,
+    rows_of,
+    value_dims,
+)
 from ..device import Card
 from ..tiles import FUSION, Launch, runner
 from . import contract
@@ -31,92 +43,116 @@ def _chunk(length, SPLITS, FIXED: tl.constexpr):
 
 
 @triton.jit
-def _page_at(table_row, start, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of a tile's keys: one number where a tile lies in one page, else a column of them; 0 past the end."""
-    if PAGE >= BLOCK_N:
-        page = tl.load(table_row + start // PAGE, mask=start < last, other=0).to(tl.int64)
-    else:
-        at = start + tl.arange(0, BLOCK_N)[:, None]
-        page = tl.load(table_row + at // PAGE, mask=at < last, other=0).to(tl.int64)  # [BLOCK_N, 1]
-    return page
-
-
-@triton.jit
 def attention_decode_kernel(
-    q_ptr, k_pages_ptr, v_pages_ptr, table_ptr, lengths_ptr, o_ptr, lse_ptr,
-    scale, HQ, ROWS, SPLITS,
-    stride_q, stride_kp, stride_vp, stride_tb,
-    Q_LEN: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, MANY: tl.constexpr, FIXED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptrs, v_ptrs, mu_ptr, table_ptrs, lengths_ptr, q_starts_ptr, sinks_ptr, o_ptr, lse_ptr,
+    scale, softcap, window, ROWS,
+    stride_q, stride_k, stride_v, stride_tb,
+    HOW: tl.constexpr, Q_LEN: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr, MANY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale * q k^T) v over one split of one sequence, for the heads that share a key head.
 
-    q [B * Q_LEN, HQ, D] with strides (token, head); pages [pages, HQ / GROUP, PAGE, D] with strides (page, head, row), of one
-    16-bit type or fp32; table, lengths int32. o fp32 [SPLITS, ROWS = B * Q_LEN * HQ, D] and lse fp32 [SPLITS, ROWS] in base 2;
-    with one split o is the result, in its type, and lse the natural one.
+    q [T, HQ, D] with strides (token, head). k_ptrs, v_ptrs: pages and their scale words (or None), as attention_tiles.Reading HOW
+    says; stride_k, stride_v: (page, head, row) of pages in lines, (page, head, row, channel) of words. mu fp32 [HQ / GROUP, D] or
+    None. table_ptrs: table int32 with rows stride_tb apart, or its pieces and their starts int32 [B + 1]. lengths int32 [B];
+    q_starts int32 [B + 1], or None: Q_LEN tokens of each. sinks fp32 [HQ] or None. softcap, window: None, or a number.
+    o fp32 [SPLITS, ROWS = T * HQ, D] and lse fp32 [SPLITS, ROWS] in base 2; not MANY: o is the result, in its type, lse natural.
 
         program (b * tiles + i, h, s)         rows i * BLOCK_M ..: row r is token r // GROUP, head h * GROUP + r % GROUP
-        keys    [ s * chunk ............ ]    in tiles of BLOCK_N; row r sees those before length - Q_LEN + r // GROUP + 1
+        keys    [ s * chunk ............ ]    in tiles of BLOCK_N; row r sees those before length - n + r // GROUP + 1
+                [ whole tiles | masked ]      with a window all tiles are masked, and those before it never visited
 
                  k [BLOCK_N, D] ^T                       v [BLOCK_N, D]
-        q [M, D] |-> s [M, BLOCK_N] -> p = 2^(s - m) ->  acc [M, D]
+        q [M, D] |-> t [M, BLOCK_N] -> p = 2^(t - m) ->  acc [M, D]          (attention_tiles.meet)
 
     The page of the next tile is looked up one tile ahead: a look-up in the step itself costs the pipeline all its buffers.
-    The idea of splits is flash decoding's (pytorch.org/blog/flash-decoding), of shared rows FlashInfer's (arXiv:2501.01005).
+    A sink is what the first split has seen before its first key. The idea of splits is flash decoding's
+    (pytorch.org/blog/flash-decoding), of shared rows FlashInfer's (arXiv:2501.01005), of int8 scores SageAttention's.
     """
     tiles: tl.constexpr = (Q_LEN * GROUP + BLOCK_M - 1) // BLOCK_M
     b, h, split = tl.program_id(0) // tiles, tl.program_id(1), tl.program_id(2)
+    HQ = tl.num_programs(1) * GROUP
     length = tl.load(lengths_ptr + b)
-    chunk = _chunk(length, SPLITS, FIXED)
-    first = split * chunk
-    last = tl.minimum(first + chunk, length)
     offs_r = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    inside = offs_r < Q_LEN * GROUP
-    token, head = b.to(tl.int64) * Q_LEN + offs_r // GROUP, h * GROUP + offs_r % GROUP
-    seen = length - Q_LEN + offs_r // GROUP + 1  # [BLOCK_M]
-    mask_q = inside[:, None] & (offs_d < D)[None, :]
-    q = tl.load(
-        q_ptr + token[:, None] * stride_q[0] + head[:, None] * stride_q[1] + offs_d[None, :], mask=mask_q, other=0.0
-    )
-    k_head = k_pages_ptr + h.to(tl.int64) * stride_kp[1] + offs_d[None, :]
-    v_head = v_pages_ptr + h.to(tl.int64) * stride_vp[1] + offs_d[None, :]
-    table_row = table_ptr + b.to(tl.int64) * stride_tb
+    token0, n = b.to(tl.int64) * Q_LEN, Q_LEN
+    if q_starts_ptr is not None:
+        token0 = tl.load(q_starts_ptr + b).to(tl.int64)
+        n = (tl.load(q_starts_ptr + b + 1) - token0).to(tl.int32)
+    inside = offs_r < n * GROUP
+    token, head = token0 + offs_r // GROUP, h * GROUP + offs_r % GROUP
+    stands = length - n + offs_r // GROUP  # [BLOCK_M]
+    lowest = 0
+    if window is not None:
+        lowest = tl.maximum(length - n - window + 1, 0) // BLOCK_N * BLOCK_N
+    chunk = _chunk(length - lowest, tl.num_programs(2), FIXED)
+    first = lowest + split * chunk
+    last = tl.minimum(first + chunk, length)
+    last = tl.where((tl.program_id(0) % tiles) * BLOCK_M < n * GROUP, last, first)  # no such tokens here
 
+    table_row = table_ptrs[0]
+    if table_ptrs[1] is not None:
+        table_row += tl.load(table_ptrs[1] + b)
+    else:
+        table_row += b.to(tl.int64) * stride_tb
+    page = page_at(table_row, first, last, HOW, BLOCK_N)
+    mu_head = None if mu_ptr is None else mu_ptr + h * HOW.size
+    q_rows = q_ptr + token * stride_q[0] + head * stride_q[1]
+    q, shift = load_queries(q_rows, inside, mu_head, HOW)
+    q, step, q_sum = rounded_queries(q, HOW)
+    cap = None
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    page = _page_at(table_row, first, last, PAGE, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
-        following = _page_at(table_row, start + BLOCK_N, last, PAGE, BLOCK_N)
-        at = start + offs_n
-        row = (at % PAGE)[:, None].to(tl.int64)
-        live = (at < last)[:, None] & (offs_d < D)[None, :]
-        k = tl.load(k_head + page * stride_kp[0] + row * stride_kp[2], mask=live, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_head + page * stride_vp[0] + row * stride_vp[2], mask=live, other=0.0)  # [BLOCK_N, BLOCK_D]
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-        s = tl.where(at[None, :] < tl.minimum(seen, last)[:, None], s, float("-inf"))
-        largest = tl.maximum(m, tl.max(s, axis=1))
-        base = tl.where(largest == float("-inf"), 0.0, largest)  # a row that has seen nothing yet
-        p = tl.exp2(s - base[:, None])
-        kept = tl.exp2(m - base)
-        l = l * kept + tl.sum(p, axis=1)  # noqa: E741
-        acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-        m = largest
+    if softcap is not None:
+        cap = softcap * 1.4426950408889634
+        step, shift = step * scale / softcap, shift * scale / softcap
+    else:
+        step, shift = step * (scale * 1.4426950408889634), shift * (scale * 1.4426950408889634)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=inside, other=0.0) * 1.4426950408889634
+        m = tl.where(split == 0, sink if cap is not None else sink - shift, m)
+        l += tl.where(split == 0, 1.0, 0.0)  # noqa: E741
+
+    h64 = h.to(tl.int64)
+    k_rows = k_ptrs[0] + h64 * stride_k[1] * HOW.k_line + rows_of(stride_k[2], HOW.k_line, HOW, BLOCK_N)[:, None]
+    v_rows = v_ptrs[0] + h64 * stride_v[1] * HOW.v_line + rows_of(stride_v[2], HOW.v_line, HOW, BLOCK_N)[:, None]
+    places = (k_rows + tl.arange(0, HOW.k_width)[None, :], v_rows + tl.arange(0, HOW.v_columns)[None, :])
+    if HOW.k_bits != 16:
+        k_words = k_ptrs[1] + h64 * stride_k[4] + rows_of(stride_k[5], 1, HOW, BLOCK_N)
+        v_words = v_ptrs[1] + h64 * stride_v[4] + rows_of(stride_v[5], 1, HOW, BLOCK_N)
+        places = (places[0], places[1], k_words, v_words)
+    state = (m, l, tl.zeros((BLOCK_M,), tl.float32), no_sums(BLOCK_M, HOW))
+    whole = first
+    if window is None:
+        whole += tl.maximum(tl.minimum(last, length - n + 1) - first, 0) // BLOCK_N * BLOCK_N
+        for start in range(first, whole, BLOCK_N):
+            following = page_at(table_row, start + BLOCK_N, last, HOW, BLOCK_N)
+            k, v, words = load_tile(places, page, start, last, stride_k, stride_v, HOW, BLOCK_N, False)
+            state = meet(state, q, k, v, words, None, q_sum, step, shift, cap, HOW, False)
+            page = following
+    for start in range(whole, last, BLOCK_N):
+        following = page_at(table_row, start + BLOCK_N, last, HOW, BLOCK_N)
+        k, v, words = load_tile(places, page, start, last, stride_k, stride_v, HOW, BLOCK_N, True)
+        at = start + tl.arange(0, BLOCK_N)
+        visible = (at < last)[None, :] & (at[None, :] <= stands[:, None])
+        if window is not None:
+            visible = visible & (at[None, :] > stands[:, None] - window)
+        state = meet(state, q, k, v, words, visible, q_sum, step, shift, cap, HOW, True)
         page = following
 
+    m, l, off, acc = state  # noqa: E741
     some = l != 0.0
-    lse = tl.where(some, m + tl.log2(l), float("-inf"))
-    acc = acc / tl.where(some, l, 1.0)[:, None]
-    into = token * HQ + head
-    if MANY:
-        into += split.to(tl.int64) * ROWS
-        tl.store(lse_ptr + into, lse, mask=inside)
-        if first < last:  # what an empty split would write is never read
-            tl.store(o_ptr + into[:, None] * D + offs_d[None, :], acc, mask=mask_q)
-    else:
-        tl.store(lse_ptr + into, lse * 0.6931471805599453, mask=inside)
-        tl.store(o_ptr + into[:, None] * D + offs_d[None, :], acc.to(o_ptr.dtype.element_ty), mask=mask_q)
+    lse = tl.where(some, m + tl.log2(tl.where(some, l, 1.0)), float("-inf"))
+    if cap is None:
+        lse += shift
+    into = token * HQ + head + (split.to(tl.int64) * ROWS if MANY else 0)
+    tl.store(lse_ptr + into, lse if MANY else lse * 0.6931471805599453, mask=inside)
+    if (first < last) | (split == 0):  # what an empty split would write is never read
+        parts: tl.constexpr = HOW.v_parts
+        for part in tl.static_range(parts):
+            dims, there = value_dims(part, HOW)
+            o = (acc[part] + off[:, None]) / tl.where(some, l, 1.0)[:, None]
+            o_ptrs = o_ptr + into[:, None] * HOW.size + dims[None, :]
+            tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & there[None, :])
 
 
 @triton.jit
@@ -167,6 +203,7 @@ class Shape(NamedTuple):
     keys: int
     deterministic: bool
     dtype: torch.dtype
+    form: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +222,7 @@ def shape_of(case: Any) -> Shape:
     """The problem of a case of cases.py."""
     batch, fixed = len(case.lengths), case.deterministic
     sizes = (case.heads, case.kv_heads, case.k, case.page, case.keys)
-    return Shape(batch, case.tokens, *sizes, fixed, case.dtype)
+    return Shape(batch, case.tokens, *sizes, fixed, case.dtype, "bf16")
 
 
 def splits(batch: int, tiles: int, kv_heads: int, keys: int, sms: int, per_sm: int = 4) -> int:
@@ -196,16 +233,25 @@ def splits(batch: int, tiles: int, kv_heads: int, keys: int, sms: int, per_sm: i
     return min(max(want, 4 if keys > 4096 else 1), most)
 
 
-def heuristic(shape: Shape, card: Card) -> Config:
-    """16 rows hold a group of up to 16 heads; more take tiles of 32, side by side, so that keys read again lie in the L2.
+def warpgroups(card: Card) -> bool:
+    """Whether tiles of 64 rows are multiplied from shared memory (wgmma, tcgen05)."""
+    return 90 <= card.sm < 120
 
-    Stages as shared memory allows.
+
+def heuristic(shape: Shape, card: Card) -> Config:
+    """A tile holds a group's tokens, 16, 32 or 64 rows; more take tiles side by side, so that keys read again lie in the L2.
+
+    64 rows only where warpgroups multiply: of mma.sync they would take all registers, and spill.
+    Stages as shared memory allows when two programs share an SM; a tile of K and V has stages - 1 buffers.
     """
+    spec = parse_form(shape.form).spec
     rows, wide = shape.q_len * shape.heads // shape.kv_heads, triton.next_power_of_2(shape.size)
     whole = 4 if shape.dtype == torch.float32 else 2
-    block_m = 16 if rows <= 16 else 32
-    block_n = 64 if wide * whole <= 256 else 32
-    stages = max(2, min(4, (card.shared_bytes - block_m * wide * whole) // (2 * block_n * wide * whole) - 1))
+    row = [wide * whole if bits == 16 else max(32, wide * bits // 8) for bits in (spec.k_bits, spec.v_bits)]
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 or not warpgroups(card) else 64
+    block_n = 64 if max(row) <= 256 else 32
+    buffers = (card.shared_bytes // 2 - block_m * wide * whole) // (block_n * (sum(row) + 8))
+    stages = max(2, min(4, buffers + 1))
     tiles = -(-rows // block_m)
     fixed = contract.FIXED_CHUNK if shape.deterministic else 0
     count = -(-shape.keys // fixed) if fixed else splits(shape.m, tiles, shape.kv_heads, shape.keys, card.sms)
@@ -224,7 +270,9 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract
     (tokens, heads, size), (kv_heads, page) = a.q.shape, a.k_pages.shape[1:3]
     q_len, rows = a.max_q_len, tokens * heads
     # The shape's own batch, not its bucket's: splits follow from it, and a grid must hold every key.
-    shape = Shape(a.batch, q_len, heads, kv_heads, size, page, a.max_kv_len, a.deterministic, a.q.dtype)
+    span = a.max_kv_len if a.window < 0 else min(a.max_kv_len, a.window + q_len + contract.TILE)
+    batch = 1 if a.deterministic else a.batch
+    shape = Shape(batch, q_len, heads, kv_heads, size, page, span, a.deterministic, a.q.dtype, a.form)
     config = config or config_for(shape, card)
     if wanted and not config.fixed:
         config = replace(config, splits=wanted)
@@ -234,19 +282,22 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract
     if many:
         o = a.q.new_empty((config.splits, rows, size), dtype=torch.float32)
         part = a.q.new_empty((config.splits, rows), dtype=torch.float32)
-    wide = triton.next_power_of_2(size)
-    tiles = -(-q_len * a.group // config.block_m)
-    strides = (tuple(a.q.stride()[:2]), tuple(a.k_pages.stride()[:3]), tuple(a.v_pages.stride()[:3]), a.table.stride(0))
-    pointers = (a.q, a.k_pages, a.v_pages, a.table, a.lengths, o, part)
-    args = (*pointers, a.scale * LOG2E, heads, rows, config.splits, *strides)
-    flags = {"Q_LEN": q_len, "GROUP": a.group, "D": size, "PAGE": page}
-    flags |= {"MANY": many, "FIXED": config.fixed}
-    flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": wide}
+    how = reading(a, config.block_m, warpgroups(card) and config.block_m >= 64)
+    k, v, stride_k, stride_v = sides(a, how)
+    window, softcap = (a.window if a.window > 0 else None), (a.softcap if a.softcap else None)
+    args = (
+        a.q, k, v, a.mu, (a.table, a.table_starts), a.lengths, a.q_starts, a.sinks, o, part, a.scale, softcap, window, rows,
+        tuple(a.q.stride()[:2]), stride_k, stride_v, a.table.stride(0),
+    )  # fmt: skip
+    flags = {"HOW": how, "Q_LEN": q_len, "GROUP": a.group, "FIXED": config.fixed, "MANY": many}
+    flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FUSION}
-    grid, step = (a.batch * tiles, kv_heads, config.splits), (2 * config.block_n, wide)
+    tiles = -(-q_len * a.group // config.block_m)
+    grid = (a.batch * tiles, kv_heads, config.splits)
+    step = (config.block_n, how.k_width * how.k_parts + how.v_width * how.v_parts)
     launches = [Launch(attention_decode_kernel, grid, args, flags | options, step)]
     if many:
-        sizes = {"D": size, "BLOCK_D": wide, "num_warps": 2, "enable_fp_fusion": FUSION}
+        sizes = {"D": size, "BLOCK_D": triton.next_power_of_2(size), "num_warps": 2, "enable_fp_fusion": FUSION}
         launches.append(Launch(merge_kernel, (rows,), (o, part, out, full_lse, rows, config.splits), sizes))
     return (out, lse), launches
 
