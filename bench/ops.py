@@ -25,6 +25,12 @@ from ..formats.affine import dequantize
 from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from ..kernels import conformance
+from ..kernels.attention_decode import attention_decode
+from ..kernels.attention_decode import cases as attention_decode_cases
+from ..kernels.gather_dequantize import cases as gather_dequantize_cases
+from ..kernels.gather_dequantize import gather_dequantize
+from ..kernels.kv_append import cases as kv_append_cases
+from ..kernels.kv_append import kv_append
 from ..kernels.linear import linear, ops_of, prepare
 from ..kernels.matmul_w4a8 import cases as w4a8_cases
 from ..kernels.matmul_w4a8 import matmul_w4a8
@@ -60,12 +66,15 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
         (matmul_w8a16, w8a16_cases),
         (matmul_w4a8, w4a8_cases),
         (moe_matmul, moe_cases),
+        (kv_append, kv_append_cases),
+        (attention_decode, attention_decode_cases),
+        (gather_dequantize, gather_dequantize_cases),
     )
 }
 _KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 _SHARED_SOURCES = (
     "op.py", "rows.py", "tiles.py", "tuning.py", "weight.py", "weight_only.py", "weight_only_plan.py", "linear.py",
-    "device.py",
+    "device.py", "attention.py", "attention_tiles.py",
 )  # fmt: skip
 _MOST_COPIES, _MOST_CPU_BYTES = 256, 1 << 28
 WORTH = (1, 16, 256, 64, 4, 1024, 4096)  # tokens in the order in which their figures decide something

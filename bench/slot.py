@@ -195,6 +195,12 @@ def time_experts(run: Run) -> None:
     run.cells(cells)
 
 
+def time_attention(run: Run) -> None:
+    """Ops over a paged cache at Qwen3-8B's heads, by worth: decode in every spec, what writes the cache, what unpacks it."""
+    attention = importlib.import_module(f"{_PACKAGE}.attention")
+    run.cells(attention.slot_cells(run.device, _seed(), measured_roof(run.folder)))
+
+
 def tune_configs(run: Run) -> None:
     """Configs of one model's linears by worth, measured on this card: tuned/<op>.json, proposals that people merge.
 
@@ -283,10 +289,11 @@ STAGES = (  # seconds of a ten-minute slot; they sum to 570, 30 s are the reserv
     Stage("fingerprint", 25, fingerprint, essential=True, patient=True),
     Stage("compile", 60, compile_kernels),
     Stage("correctness", 95, correctness, essential=True),
-    Stage("ops", 140, time_ops, essential=True),
-    Stage("experts", 40, time_experts),
-    Stage("model", 100, time_model),
-    Stage("tune", 80, tune_configs),
+    Stage("ops", 120, time_ops, essential=True),
+    Stage("attention", 60, time_attention),
+    Stage("experts", 30, time_experts),
+    Stage("model", 90, time_model),
+    Stage("tune", 60, tune_configs),
     Stage("tuned", 30, time_tuned),
 )
 

@@ -36,16 +36,24 @@ def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [_head(manifest, _side_rows(folder, "card.jsonl")), _stages(manifest)]
     parts += [_conformance(_side_rows(folder, "conformance.jsonl")), _compiled(_side_rows(folder, "inspect.jsonl"))]
     ops = [row for row in rows if row["level"] == "op"]
-    parts += [_stacks(ops), _ops(ops), _experts([row for row in rows if row["level"] == "layer"])]
+    linears = [row for row in ops if not _over_cache(row)]
+    parts += [
+        _stacks(linears),
+        _ops(linears),
+        _attention(ops),
+        _experts([row for row in rows if row["level"] == "layer"]),
+    ]
     parts += [_models([row for row in rows if row["level"] == "model"]), _tuning(_side_rows(folder, "tuning.jsonl"))]
     parts.append(_left_out(rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def of_records(records: Sequence[Record]) -> str:
-    """The op tables of records that are no slot's, for `percard bench ops`."""
+    """The op tables of records that are no slot's, for `percard bench ops` and `percard bench attention`."""
     rows = [json.loads(record.to_json()) for record in records]
-    return "\n\n".join(part for part in (_stacks(rows), _ops(rows), _left_out(rows)) if part)
+    linears = [row for row in rows if not _over_cache(row)]
+    parts = (_stacks(linears), _ops(linears), _attention(rows), _left_out(rows))
+    return "\n\n".join(part for part in parts if part)
 
 
 def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -208,6 +216,33 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     head = ["case", "spec", "us", "spread", "eager us", "float us", "x float (95 %)", "best rival, us", "% of roof"]
     return "## Linears, one by one\n\n" + _table(head, body) if body else ""
+
+
+def _over_cache(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of an op over a paged cache."""
+    return bool((row.get("scheme") or {}).get("kv_spec")) and row["level"] == "op"
+
+
+def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Ops over a paged cache: time, fastest rival, bytes a second and of a token, how far the answer is from unquantised."""
+    body = []
+    for row in rows:
+        if row["status"] != "ok" or not _over_cache(row):
+            continue
+        shape, latency, needed = row["shape"], row["latency_us"], row["roofline"]
+        sides = [r for r in row.get("against") or () if r["status"] == "ok"]
+        base = min(sides, key=lambda r: r["median"], default=None)
+        heads = f"{shape['G'] * shape['H']}/{shape['H']}/{shape['D']}"
+        cells = [row["case"].split(".")[0], heads, str(shape["S"]), str(shape["batch"]), row["scheme"]["kv_spec"]]
+        cells += [_number(latency["median"], 1), f"{_number(latency['lo'], 1)}-{_number(latency['hi'], 1)}"]
+        cells.append(f"{base['impl']} {_number(base['median'], 1)}" if base else "")
+        cells.append(f"{base['ratio']:.2f} ({base['ci95'][0]:.2f}-{base['ci95'][1]:.2f})" if base else "")
+        cells += [_number(needed["bytes"] / latency["median"] / 1e3, 1), _number(needed.get("pct_of_roof"), 0)]
+        cells.append(_number(row["memory"]["kv_bytes_per_token"], 0))
+        body.append([*cells, "; ".join(row["quality"]["reasons"][1:])])
+    head = ["op", "heads", "context", "batch", "cache", "us", "spread", "fastest rival, us", "x rival (95 %)", "GB/s"]
+    head += ["% of roof", "B/token", "answer"]
+    return "## Over a paged cache\n\n" + _table(head, body) if body else ""
 
 
 def _experts(rows: Sequence[Mapping[str, Any]]) -> str:

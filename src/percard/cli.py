@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, console, manual
+from . import __version__, bench_attention, console, manual
 
 app = typer.Typer(
     help=manual.ROOT,
@@ -48,7 +48,7 @@ def root(
     if as_json:  # `percard --json verb` means `percard verb --json`
         verbs = ("quantize", "verify", "calibrate-kv", "generate", "doctor", "inspect", "tune", "demo")
         context.default_map = {verb: {"as_json": True} for verb in verbs} | {
-            "bench": {name: {"as_json": True} for name in ("model", "ops", "slot", "report")}
+            "bench": {name: {"as_json": True} for name in ("model", "ops", "attention", "slot", "report")}
         }
 
 
@@ -274,6 +274,11 @@ def bench_ops(
         console.show(slot_report.of_records(records))
     if any((record.quality or {}).get("gate") == "red" for record in records):
         raise typer.Exit(console.GATE_RED)
+
+
+bench_app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(
+    bench_attention.bench_attention
+)
 
 
 @bench_app.command("slot", help=manual.BENCH_SLOT, short_help="Ten minutes of a card, one folder.")

@@ -91,6 +91,17 @@ BENCH_OPS = """Linears of real layers against torch's floats and int8 rivals: co
 Each kernel is compared with its reference at the very shape before it is timed there. Quantising activations is inside.
 """
 
+BENCH_ATTENTION = """Ops over a paged cache, each spec of it, against torch's attention over unquantised keys and values.
+
+\b
+  percard bench attention                                     decode at 32/8/128, 8k and 32k, batch 1 and 8
+  percard bench attention --kv int8,int4 --context 8192 --batch 1 --heads qwen3-8b
+  percard bench attention --op kv_append,gather_dequantize    what writes the cache, what unpacks a prefix
+
+Compared with its reference at these heads first; then in turn with scaled_dot_product_attention, whose query heads are folded
+into rows. Caches rotate, so that memory is cold. Bytes of a token are measured from the tensors.
+"""
+
 BENCH_SLOT = """One command for a card that is free for ten minutes: agreement, ops against bf16, a model; one folder.
 
 \b
@@ -101,7 +112,7 @@ BENCH_SLOT = """One command for a card that is free for ten minutes: agreement, 
 Exit code 0 complete, 4 a kernel disagrees with its reference, 5 cut but valid (time, SIGTERM, lost card).
 """
 
-BENCH_REPORT = """The tables of records that `bench model`, `bench ops`, `bench slot` or `demo` wrote.
+BENCH_REPORT = """The tables of records that `bench model`, `bench ops`, `bench attention`, `bench slot` or `demo` wrote.
 
 \b
   percard bench report out/demo

@@ -1,4 +1,4 @@
-"""`percard bench slot` and `bench ops` at the command line: what they refuse, and with which code."""
+"""`percard bench slot`, `bench ops` and `bench attention` at the command line: what they refuse, and with which code."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ from percard import cli
         (["ops", "--models", "nope"], "known: qwen3-0.6b"),
         (["ops", "--specs", "w9"], "unknown spec 'w9'"),
         (["ops", "--tokens", "one"], "whole numbers"),
+        (["attention", "--kv", "int3"], "cache spec 'int3' is not one; known: bf16"),
+        (["attention", "--context", "8k"], "--context 8k: expected whole numbers"),
+        (["attention", "--heads", "32/8"], "expected Hq/Hkv/D such as 32/8/128, or one of qwen3-0.6b"),
+        (["attention", "--heads", "32/5/128"], "heads 32/5/128: expected query heads, a divisor of them"),
+        (["attention", "--op", "matmul_w8a8"], "no op 'matmul_w8a8' over a cache; known: attention_decode"),
         (["ops", "--tokens", "3"], "no case of qwen3-0.6b has 3 tokens"),
     ],
 )
