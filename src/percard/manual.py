@@ -47,9 +47,13 @@ VERIFY = """Open DST again and compare it with the checkpoint it was made from.
   percard verify out/w4 --against ./Qwen3-8B --level bytes      names, dtypes, shapes, side files only
   percard verify out/w4 --against ./Qwen3-8B --text held.txt    KL, top-1 and perplexity; exit 4 when the gate is red
   percard verify out/w4 --against ./Qwen3-8B --text held.txt --level blocks      error of every block's output only
+  percard verify out/w4 --against ./Qwen3-8B --text held.txt --kv int8,int4      and over these caches, through the engine
 
 With a text both models run side by side, two blocks in memory at a time, in fp32. Take a text that was never used for
 training; one that was calibrated on is told by its hash and makes the result red. 3-bit weights have no gate.
+
+With --kv the engine runs DST over each cache, every position reading keys and values back as decoding does, against the same
+weights over a bf16 cache (the gate) and against SRC. DST may then hold 16-bit weights, and be SRC itself.
 """
 
 CALIBRATE_KV = """Choose a cache spec for each layer of the model in DIR: as few bytes as a KL budget allows, measured on a text.
@@ -70,6 +74,8 @@ GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
 \b
   percard generate out/w4 --prompt "def add(a, b):" --max-new 64
   percard generate out/w4 --prompt "import " --temperature 0.7 --top-p 0.9 --seed 3
+  percard generate out/w4 --prompt "import " --kv int8            keys and values in 8 bits
+  percard generate out/w4 --prompt "import " --kv calibrated      as percard calibrate-kv found
 """
 
 BENCH_MODEL = """Tokens per second of whole models against FP16: prefill and decode, A B A B, with spread.
@@ -78,8 +84,11 @@ BENCH_MODEL = """Tokens per second of whole models against FP16: prefill and dec
   percard bench model shape:qwen3-0.6b --specs w8a8,w4a16-g64     synthetic weights at true shapes, no download
   percard bench model shape:qwen3-8b --specs w4a16-g128 --layers 4
   percard bench model ./Qwen3-8B --specs w8a8,w4a8-g128 --json    one record a line
+  percard bench model shape:qwen3-0.6b --specs w4a8-g64 --kv bf16,int8,k8v4,int4 --context 1k,8k     decode over caches
 
-FP16 is the fastest float type of torch on this machine, found by a probe and named in every row.
+FP16 is the fastest float type of torch on this machine, found by a probe and named in every row. Its cache is bf16, or of that
+type. --kv gives every other side these caches, or the 16-bit weights when there are no --specs; --context steps from these depths,
+filled with random keys of the scale of real ones.
 """
 
 BENCH_OPS = """Linears of real layers against torch's floats and int8 rivals: correct first, then timed in turn, with spread.

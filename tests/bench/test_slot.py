@@ -243,6 +243,9 @@ def test_decode_cell(tmp_path: Path, checkpoint: Any) -> None:
     own = rows[-1]
     assert own["scheme"]["head"] == "int8-row" and own["tokens"]["vs_fp16"]["same_batch"]["batch"] == 2
     assert own["memory"]["weights"] != rows[-2]["memory"]["weights"], "both heads are counted in bytes"
+    *_, over, own = decode.cell(source, "w8a8", [1], 8, "cpu", rounds=2, prompt=16, kv=["int8"])
+    assert over["part"] == "w8a8, int8 cache b1" and over["scheme"]["kv_spec"] == "int8"
+    assert (own["scheme"]["kv_spec"], over["memory"]["kv_bytes_per_token"]) == ("bf16", 3 * 2 * (2 * 32 + 4))
     (*_, base) = decode.cell(source, None, [1], 8, "cpu", rounds=2, prompt=16)
     assert base["scheme"]["spec"] == "float32" and "part" not in base
 
