@@ -22,6 +22,7 @@ from .op import DTYPE_CODES, Unsupported, rows_contiguous
 from .weight import check_place, ulp
 
 MOST = 256  # numbers of a head
+TILE = 64  # keys that the C++ bodies take at once
 FIELDS = (
     "Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor? mu, Tensor table,"
     " Tensor? table_starts, Tensor lengths, Tensor? q_starts, Tensor? sinks, float scale, int max_q_len, int max_kv_len,"
@@ -183,7 +184,10 @@ def rounded_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Sequence(NamedTuple):
-    """One sequence of a call, fp32: its tokens, q [n, Hq, D] and q', k' and v' [Hq, S, D], mu [Hq, D], what token i sees [n, S]."""
+    """One sequence of a call, fp32: its tokens, q [n, Hq, D] and q', k' and v' [Hq, S, D], mu [Hq, D], what token i sees [n, S].
+
+    v_word [Hq, S, 2]: scale and offset of each value, v' = code * scale + offset; 0 and 0 for values that are as they are.
+    """
 
     tokens: slice
     q: torch.Tensor
@@ -192,6 +196,7 @@ class Sequence(NamedTuple):
     v: torch.Tensor
     mu: torch.Tensor
     seen: torch.Tensor
+    v_word: torch.Tensor
 
 
 def sequences(a: Attention) -> Iterator[Sequence]:
@@ -202,8 +207,9 @@ def sequences(a: Attention) -> Iterator[Sequence]:
         first, last = (b * a.max_q_len, (b + 1) * a.max_q_len) if a.q_starts is None else a.q_starts[b : b + 2].tolist()
         at = torch.arange(length, device=a.q.device)
         mine = table_row(a.table, b, a.table_starts)
-        k, v = read(a.pages, mine[at // page].long(), at % page, size)
-        k, v = (part.transpose(0, 1).repeat_interleave(a.group, 0) for part in (k, v))
+        where = mine[at // page].long(), at % page
+        found = (*read(a.pages, *where, size), _value_words(a.pages, *where))
+        k, v, v_word = (part.transpose(0, 1).repeat_interleave(a.group, 0) for part in found)
         q = a.q[first:last].float()
         codes, step = rounded_q(q)
         mu = q.new_zeros(q.shape[1:]) if a.mu is None else a.mu.repeat_interleave(a.group, 0)
@@ -211,7 +217,22 @@ def sequences(a: Attention) -> Iterator[Sequence]:
         seen = at <= stands
         if a.window > 0:
             seen &= at > stands - a.window
-        yield Sequence(slice(first, last), q, codes * step if a.rounds_q else q, k, v, mu, seen)
+        yield Sequence(slice(first, last), q, codes * step if a.rounds_q else q, k, v, mu, seen, v_word)
+
+
+def _value_words(pages: KVPages, page: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """fp32 [n, Hkv, 2]: scale and offset of the values of tokens."""
+    words = pages.words[1]
+    if words is None:
+        return torch.zeros(len(page), pages.v.shape[1], 2, device=pages.v.device)
+    word = words[page, :, row].float()
+    scale, zero = word[..., 0], torch.zeros_like(word[..., 0])
+    if pages.spec.v_bits == 4 and pages.zeros == "offset" and not pages.spec.symmetric:
+        return torch.stack((scale, word[..., 1]), -1)
+    if pages.spec.v_bits == 4:
+        mantissa = (scale.contiguous().view(torch.int32) & 15).float()
+        zero = zero + 8 if pages.spec.symmetric else mantissa if pages.zeros == "mantissa" else word[..., 1]
+    return torch.stack((scale, -zero * scale), -1)
 
 
 def scores(a: Attention, s: Sequence) -> torch.Tensor:
@@ -247,26 +268,42 @@ def tolerance(want: Outputs, a: Attention) -> Outputs:
     """An ulp, the rounding of weights to the type in which a body multiplies V, and the order of sums.
 
     A score is off by 2^-18 of what is added up in it, scale * sum |q'| |k'| and its offsets, which moves a weight by twice that
-    share; a weight by half an ulp of its type: of bf16 over quantised pages, else of the type of V. Both act on sum_t p_t |v_t|,
-    a 4-bit value counting as its code times scale, and its offset.
+    share, and all of sum_t p_t |v_t|, where a 4-bit value counts as its code times scale, and its offset.
+
+    A weight is off by its rounding, which acts on codes times scale alone. Triton: half an ulp of bf16 over quantised pages, else of
+    the type of V. C++ over quantised pages: whole numbers up to 2^15 - 1 for the largest w_t = p_t * scale_t of a tile of TILE
+    keys, so half of that largest w / (2^15 - 1) for every code of the tile, however small its own weight. The larger of both.
     """
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[a.q.dtype]
     if a.quantised:
         rounding = 2.0**-8
-    reach, spread = (
-        a.q.new_zeros(a.q.shape, dtype=torch.float32),
-        a.q.new_zeros((*a.q.shape[:2], 1), dtype=torch.float32),
-    )
+    reach, rounded = (a.q.new_zeros(a.q.shape, dtype=torch.float32) for _ in range(2))
+    spread = a.q.new_zeros((*a.q.shape[:2], 1), dtype=torch.float32)
     for s in sequences(a):
         if not s.v.shape[1]:
             continue
-        apart = offsets(a, s)
         p = scores(a, s).softmax(-1).nan_to_num(0.0)
-        reach[s.tokens] = torch.einsum("nhs,hsd->nhd", p, (s.v.abs() + 2 * apart[1]).nan_to_num(0.0))
-        sums = torch.einsum("nhd,hsd->nhs", s.rounded.abs() * abs(a.scale), s.k.abs() + 2 * apart[0]).nan_to_num(0.0)
-        spread[s.tokens] = (sums.amax(-1) + abs(a.scale) * (s.q * s.mu).abs().sum(-1))[..., None]
-    off = ulp(want[0]) + (rounding + 2.0**-17 * (1 + spread)) * reach
+        coded = (s.v - s.v_word[..., 1:]).abs().nan_to_num(0.0)
+        coded_reach = torch.einsum("nhs,hsd->nhd", p, coded)
+        rounded[s.tokens] = rounding * coded_reach
+        if a.quantised:
+            rounded[s.tokens] = rounded[s.tokens].maximum(_whole_weights(p, coded, s))
+        reach[s.tokens] = coded_reach + torch.einsum("nhs,hsd->nhd", p, s.v_word[..., 1:].abs().nan_to_num(0.0))
+        sums = torch.einsum("nhd,hsd->nhs", s.rounded.abs() * abs(a.scale), s.k.abs() + 2 * offsets(a, s)[0])
+        spread[s.tokens] = (sums.nan_to_num(0.0).amax(-1) + abs(a.scale) * (s.q * s.mu).abs().sum(-1))[..., None]
+    off = ulp(want[0]) + rounded + 2.0**-17 * (1 + spread) * reach
     return off, (2.0**-17 * (1 + spread[..., 0]))[:, : want[1].shape[1]]
+
+
+def _whole_weights(p: torch.Tensor, coded: torch.Tensor, s: Sequence) -> torch.Tensor:
+    """[n, Hq, D]: what weights lose that are whole numbers of the largest of a tile; p [n, Hq, S], coded [Hq, S, D]."""
+    scale = s.v_word[..., 0].abs().nan_to_num(0.0)
+    codes = torch.where(scale[..., None] > 0, coded / scale[..., None], torch.zeros_like(coded))
+    missing = -p.shape[-1] % TILE
+    w, codes = torch.nn.functional.pad(p * scale, (0, missing)), torch.nn.functional.pad(codes, (0, 0, 0, missing))
+    seen = torch.nn.functional.pad(s.seen.float(), (0, missing)).unflatten(-1, (-1, TILE))
+    most = w.unflatten(-1, (-1, TILE)).amax(-1)  # [n, Hq, tiles]
+    return torch.einsum("nhi,nij,hijd->nhd", most, seen, codes.unflatten(1, (-1, TILE))) / (2 * (2.0**15 - 1))
 
 
 def offsets(a: Attention, s: Sequence) -> tuple[torch.Tensor, torch.Tensor]:

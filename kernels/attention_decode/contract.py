@@ -109,12 +109,7 @@ def triton_takes(*flat: Any) -> str | None:
 
 def cpu_takes(*flat: Any) -> str | None:
     a = Attention(*flat[:-1])
-    if a.quantised:
-        return f"pages of {a.form} are not built yet; use impl='reference'"
-    for name, asked in (
-        ("window", a.window > 0), ("sinks", a.sinks is not None), ("softcap", a.softcap != 0.0),
-        ("q_starts", a.q_starts is not None), ("table_starts", a.table_starts is not None), ("splits", flat[-1] > 0),
-    ):  # fmt: skip
-        if asked:
-            return f"{name} is not built yet; use impl='reference'"
+    words = {t.dtype for t in (a.k_scales, a.v_scales) if t is not None}
+    if len(words) > 1:
+        return "scales of K and V are of two types, expected both float16 or both float32; copy one of them"
     return None

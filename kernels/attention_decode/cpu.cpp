@@ -1,301 +1,355 @@
-// attention_decode: 1 to 16 fresh tokens of each sequence over its pages of keys and values.
-//
-// The query heads of one key head are the rows of a tile, so a page is read once for all of them. A sequence is cut
-// into chunks of kChunk keys, whatever the batch and the threads: what a request gets depends on nothing but itself.
-//
-//   for each tile of at most kTile keys:   scores -> largest so far -> e^(score - largest) -> sums, in fp32
-//   for each row, chunks in order:         o = sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) l_i
-//
-// While the keys of a tile are multiplied its values are asked for, and with the values the keys of the next tile: a
-// page of a head lies in one piece, but where the next one lies no hardware can know.
-#include "ops.h"
-#include "parallel.h"
-#include "silu.h"
+// attention_decode: 1 to 16 fresh tokens of each sequence over its pages of keys and values. csrc/attention.h has the
+// walk over chunks and tiles; here is what a tile costs: Floats for pages as they are, Codes for int8 and 4 bits.
+#include "attention.h"
+#include "attention_codes.h"
+#include "attention_floats.h"
+#include "rows.h"
 
 namespace percard {
 namespace PERCARD_ISA {
 namespace attention {
 
-constexpr int64_t kTile = 64, kChunk = 512;
-constexpr float kLowest = -3.0e38f;  // below every score; -infinity would make NaN of a difference
-#if defined(PERCARD_ISA_avx512_vnni) || defined(PERCARD_ISA_amx_int8)
-constexpr int kSums = 16;  // vectors of sums that stay in registers
-#else
-constexpr int kSums = 4;
-#endif
-
-// The state of the rows of one key head of one sequence.
-struct Rows {
-    int64_t count;  // q_len * heads per key head
-    float* q;       // [count, size], times the softmax scale
-    float* scores;  // [count, kTile]
-    float* o;       // [count, size], sums not yet divided
-    float* largest;
-    float* sum;
+static_assert(kTokens == kTile);
+// What stands behind the codes of a tile: x = code * scale + offset. 0 for tokens that are not there.
+struct Words {
+    float k[kTile], k_offset[kTile], v[kTile], v_offset[kTile];
+    bool bad;  // a word of V is NaN or infinite
 };
 
-// One tile: keys first .. first + count - 1 of a sequence.
-struct Tile {
-    int64_t k, v;  // offsets of its first rows
-    int64_t first, count;
-};
+template <int kKBits, int kVBits>
+struct Codes {
+    static constexpr bool kSigned = kKBits == 8, kHasOffset = kKBits == 4 || kVBits == 4;
+    const AttentionDecode& a;
+    const KvPages& p;
+    const int64_t most;              // rows
+    const int64_t wide_;             // bytes of a row of codes once they are apart, and floats of one of o
+    int16_t order[2][kMostNumbers];  // where number d of a key, of a value, lies in it
+    bool plain_values;
 
-PERCARD_INLINE Tile tile_at(const AttentionDecode& a, int64_t b, int64_t h, int64_t first, int64_t last) {
-    const int64_t page = a.table[b * a.stride_tb + first / a.pages.page], r = first % a.pages.page;
-    const int64_t count = min_of(min_of(a.pages.page - r, kTile), last - first);
-    return {page * a.pages.k_strides[0] + h * a.pages.k_strides[1] + r * a.pages.k_strides[2],
-            page * a.pages.v_strides[0] + h * a.pages.v_strides[1] + r * a.pages.v_strides[2], first, count};
-}
+    struct Work {
+        int8_t* q;         // [rows, wide], codes
+        float* q_float;    // [rows, wide], queries that are not rounded
+        float* q_step;     // [rows]: scale of the codes times the softmax scale
+        float* q_total;    // [rows]: sum of the codes
+        float* shift;      // [rows]: scale * q . mu
+        float *by, *more;  // [rows], of `mix`
+        int32_t* q_sum;    // [rows]
+        float* scores;     // [rows, kTile], or int32
+        int16_t* p;        // [rows, kTile]
+        uint8_t* keys;     // [kTile, wide]
+        int16_t* values;   // [kTile / 2, wide, 2]
+        char* end;
+    };
 
-PERCARD_INLINE void ask_for(const void* from, int64_t at, int64_t elements, int dtype) {
-    const char* p = static_cast<const char*>(from) + at * dtype_bytes(dtype);
-    for (int64_t i = 0; i < elements * dtype_bytes(dtype); i += 64) prefetch(p + i);
-}
+    explicit Codes(const AttentionDecode& given)
+        : a(given), p(a.pages), most(a.max_q_len * (a.heads / p.heads)), wide_(round_up(p.size, 64)) {
+        for (int i = 0; i < 2; ++i)
+            for (int64_t d = 0; d < p.size; ++d) {
+                const int64_t half = p.nibbles ? d / 2 : d % (p.size / 2);
+                const bool high = p.nibbles ? d % 2 : d >= p.size / 2;
+                order[i][d] = static_cast<int16_t>((i ? kVBits : kKBits) == 8 ? d : half + (high ? wide_ / 2 : 0));
+            }
+        plain_values = true;
+        for (int64_t d = 0; d < p.size; ++d) plain_values = plain_values && order[1][d] == d;
+    }
+    int64_t wide() const { return wide_; }
+    int64_t work_bytes() const { return reinterpret_cast<int64_t>(at(nullptr).end); }
+    double ns_of_key() const { return p.size * (kKBits + kVBits) / 8 / 12.0 + most * p.size * 0.015; }
+    const int16_t* from() const { return plain_values ? nullptr : order[1]; }
+    const float* shift(char* work) const { return a.softcap == 0.0f && p.mu != nullptr ? at(work).shift : nullptr; }
 
-// scores[r, t] = q[r] . k[t]
-template <int kDtype, int kVectors>
-PERCARD_INLINE void score(const AttentionDecode& a, const Rows& rows, const Tile& tile) {
-    const int64_t size = kVectors ? kVectors * 16 : a.pages.size;
-    for (int64_t t = 0; t < tile.count; ++t) {
-        const int64_t at = tile.k + t * a.pages.k_strides[2];
-        ask_for(a.pages.v, tile.v + t * a.pages.v_strides[2], size, kDtype);
-        if constexpr (kVectors != 0) {
-            F32 k[kVectors];
-#pragma GCC unroll 8
-            for (int i = 0; i < kVectors; ++i) k[i] = load_as_f32(a.pages.k, at + i * 16, kDtype);
-            for (int64_t r = 0; r < rows.count; ++r) {
-                const float* q = rows.q + r * size;
-                F32 even = mul(k[0], load_f32(q)), odd = mul(k[1], load_f32(q + 16));
-#pragma GCC unroll 4
-                for (int i = 2; i < kVectors; i += 2) {
-                    even = fma(k[i], load_f32(q + i * 16), even);
-                    odd = fma(k[i + 1], load_f32(q + i * 16 + 16), odd);
-                }
-                rows.scores[r * kTile + t] = sum_of_lanes(add(even, odd));
+    Work at(char* work) const {
+        const auto take = [&](int64_t bytes) {
+            char* here = work;
+            work += round_up(bytes, 64);
+            return here;
+        };
+        const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
+        Work w;
+        w.q = reinterpret_cast<int8_t*>(take(most * wide_));
+        w.q_float = floats(a.q_bits == 16 ? most * wide_ : 0);
+        w.q_step = floats(most);
+        w.q_total = floats(most);
+        w.shift = floats(most);
+        w.by = floats(most);
+        w.more = floats(most);
+        w.q_sum = reinterpret_cast<int32_t*>(take(most * 4));
+        w.scores = floats(most * kTile);
+        w.p = reinterpret_cast<int16_t*>(take(most * kTile * 2));
+        w.keys = reinterpret_cast<uint8_t*>(take(kTile * wide_));
+        w.values = reinterpret_cast<int16_t*>(take(kTile * wide_ * 2));
+        w.end = work;
+        return w;
+    }
+
+    void load(char* work, const Place& place) const {
+        const Work w = at(work);
+        std::memset(w.q, 0, most * wide_);
+        if (a.q_bits == 16) std::memset(w.q_float, 0, most * wide_ * 4);
+        for (int64_t r = 0; r < place.tokens * place.group; ++r) {
+            const int64_t head = place.h * place.group + r % place.group;
+            const int64_t from = (place.first_token + r / place.group) * a.stride_qt + head * a.stride_qh;
+            const auto number = [&](int64_t d, int64_t count) {
+                return count > 0 ? load_as_f32(a.q, from + d, a.q_dtype) : set_f32(0.0f);
+            };
+            int8_t codes[kMostNumbers];
+            float step;
+            quantize_row(p.size, number, number, codes, &step, &w.q_sum[r]);
+            F32 shift = set_f32(0.0f), total_ = set_f32(0.0f);
+            for (int64_t d = 0; d < p.size; d += 16) {
+                const F32 x = number(d, 16);
+                total_ = add(total_, x);
+                if (p.mu != nullptr) shift = fma(x, load_f32(p.mu + place.h * p.size + d), shift);
+            }
+            w.shift[r] = a.scale * sum_of_lanes(shift);
+            if (a.q_bits == 16) {
+                w.q_step[r] = a.scale;
+                w.q_total[r] = sum_of_lanes(total_);
+                for (int64_t d = 0; d < p.size; ++d)
+                    w.q_float[r * wide_ + order[0][d]] = load_float(a.q, from + d, a.q_dtype);
+                continue;
+            }
+            w.q_step[r] = step * a.scale;
+            w.q_total[r] = static_cast<float>(w.q_sum[r]);
+            for (int64_t d = 0; d < p.size; ++d) w.q[r * wide_ + order[0][d]] = codes[d];
+        }
+    }
+
+    // 64 tokens' words, of K or of V, as scale and offset.
+    PERCARD_INLINE_MEMBER void read_words(const void* words, const int64_t* at, int64_t count, int64_t step, bool coded,
+                                          float* scale, float* offset) const {
+        const bool two = coded && !p.symmetric && p.zeros != 2;
+        if (p.words == kFloat16) {
+            uint16_t s[kTile] = {}, o[kTile] = {};
+            const auto* from = static_cast<const uint16_t*>(words);
+            for (int64_t t = 0; t < count; ++t) s[t] = from[at[t]];
+            if (two)
+                for (int64_t t = 0; t < count; ++t) o[t] = from[at[t] + step];
+            for (int64_t t = 0; t < kTile; t += 16) {
+                store_f32(scale + t, load_as_f32(s, t, kFloat16));
+                store_f32(offset + t, load_as_f32(o, t, kFloat16));
             }
         } else {
-            for (int64_t r = 0; r < rows.count; ++r) {
-                const float* q = rows.q + r * size;
-                F32 sum = set_f32(0.0f);
-                for (int64_t d = 0; d < size; d += 16)
-                    sum = fma(load_as_f32(a.pages.k, at + d, kDtype), load_f32(q + d), sum);
-                rows.scores[r * kTile + t] = sum_of_lanes(sum);
+            const auto* from = static_cast<const char*>(words);
+            for (int64_t t = 0; t < kTile; ++t) {
+                scale[t] = offset[t] = 0.0f;
+                if (t < count) std::memcpy(&scale[t], from + 4 * at[t], 4);
+                if (t < count && two) std::memcpy(&offset[t], from + 4 * (at[t] + step), 4);
             }
         }
-    }
-}
-
-// Scores of row r become e^(score - largest so far); keys that the row does not see become 0. What was summed up before
-// is brought to the new largest.
-PERCARD_INLINE void weigh(const AttentionDecode& a, const Rows& rows, int64_t r, int64_t seen) {
-    float* p = rows.scores + r * kTile;
-    for (int64_t t = max_of(seen, 0); t < kTile; ++t) p[t] = -__builtin_inff();
-    F32 most = set_f32(rows.largest[r]);
-    for (int i = 0; i < kTile; i += 16) most = max(most, load_f32(p + i));
-    const float largest = largest_of_lanes(most);
-    F32 sum = set_f32(0.0f);
-    for (int i = 0; i < kTile; i += 16) {
-        const F32 e = exp(sub(load_f32(p + i), set_f32(largest)));
-        store_f32(p + i, e);
-        sum = add(sum, e);
-    }
-    if (largest != rows.largest[r]) {
-        float old[16];
-        store_f32(old, exp(set_f32(rows.largest[r] - largest)));
-        rows.sum[r] *= old[0];
-        float* o = rows.o + r * a.pages.size;
-        for (int64_t d = 0; d < a.pages.size; d += 16) store_f32(o + d, mul(load_f32(o + d), set_f32(old[0])));
-        rows.largest[r] = largest;
-    }
-    rows.sum[r] += sum_of_lanes(sum);
-}
-
-// o[r .. r + kRows, d .. d + 16 kWide] += scores @ v
-template <int kDtype, int kRows, int kWide>
-PERCARD_INLINE void values(const AttentionDecode& a, const Rows& rows, const Tile& tile, int64_t r, int64_t d,
-                           const Tile* next) {
-    F32 o[kRows][kWide];
-    float* to = rows.o + r * a.pages.size + d;
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
-        for (int j = 0; j < kWide; ++j) o[i][j] = load_f32(to + i * a.pages.size + j * 16);
-    const float* p = rows.scores + r * kTile;
-    for (int64_t t = 0; t < tile.count; ++t) {
-        const int64_t at = tile.v + t * a.pages.v_strides[2] + d;
-        if (next != nullptr && t < next->count)
-            ask_for(a.pages.k, next->k + t * a.pages.k_strides[2], a.pages.size, kDtype);
-#pragma GCC unroll 16
-        for (int j = 0; j < kWide; ++j) {
-            const F32 v = load_as_f32(a.pages.v, at + j * 16, kDtype);
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) o[i][j] = fma(set_f32(p[i * kTile + t]), v, o[i][j]);
+        if (!coded || (two && p.zeros == 0)) return;
+        for (int64_t t = 0; t < kTile; ++t) {  // another engine's zero, or the 8 of symmetric codes
+            const float zero = p.symmetric    ? 8.0f
+                               : p.zeros == 1 ? offset[t]
+                                              : static_cast<float>(bits_of(scale[t]) & 15);
+            offset[t] = -(zero * scale[t]);
         }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
-        for (int j = 0; j < kWide; ++j) store_f32(to + i * a.pages.size + j * 16, o[i][j]);
-}
 
-template <int kDtype, int kRows>
-PERCARD_INLINE void values_of(const AttentionDecode& a, const Rows& rows, const Tile& tile, int64_t r,
-                              const Tile* next) {
-    constexpr int kWide = kSums / kRows < 8 ? kSums / kRows : 8;
-    int64_t d = 0;
-    for (; d + 16 * kWide <= a.pages.size; d += 16 * kWide) {
-        values<kDtype, kRows, kWide>(a, rows, tile, r, d, next);
-        next = nullptr;
-    }
-    for (; d < a.pages.size; d += 16) values<kDtype, kRows, 1>(a, rows, tile, r, d, nullptr);
-}
-
-// Keys first .. last - 1 of sequence b, of which row r sees those before `seen` of its token.
-template <int kDtype, int kVectors>
-void chunk(const AttentionDecode& a, const Rows& rows, int64_t b, int64_t h, int64_t first, int64_t last) {
-    const int64_t length = a.lengths[b], group = a.heads / a.pages.heads;
-    for (int64_t r = 0; r < rows.count; ++r) {
-        rows.largest[r] = kLowest;
-        rows.sum[r] = 0.0f;
-    }
-    std::memset(rows.o, 0, rows.count * a.pages.size * sizeof(float));
-    Tile tile = first < last ? tile_at(a, b, h, first, last) : Tile{};
-    while (first < last) {
-        score<kDtype, kVectors>(a, rows, tile);
-        for (int64_t r = 0; r < rows.count; ++r) {
-            const int64_t seen = length - a.max_q_len + r / group + 1;  // the last token sees all
-            weigh(a, rows, r, min_of(seen - first, tile.count));
+    PERCARD_INLINE_MEMBER void read_words(const Tile& tile, Words& words) const {
+        read_words(p.k_scales, tile.k_word, tile.count, p.k_scale_strides[3], kKBits == 4, words.k, words.k_offset);
+        read_words(p.v_scales, tile.v_word, tile.count, p.v_scale_strides[3], kVBits == 4, words.v, words.v_offset);
+        bool good = true;
+        for (int64_t t = 0; t < kTile; t += 16) {
+            good = good && all_at_most(abs(load_f32(words.v + t)), kLargest);
+            good = good && all_at_most(abs(load_f32(words.v_offset + t)), kLargest);
         }
-        first += tile.count;
-        const Tile ahead = first < last ? tile_at(a, b, h, first, last) : Tile{};
-        const Tile* next = &ahead;  // asked for once
-        int64_t r = 0;
-        for (; r + 4 <= rows.count; r += 4, next = nullptr) values_of<kDtype, 4>(a, rows, tile, r, next);
-        for (; r + 2 <= rows.count; r += 2, next = nullptr) values_of<kDtype, 2>(a, rows, tile, r, next);
-        for (; r < rows.count; r += 1, next = nullptr) values_of<kDtype, 1>(a, rows, tile, r, next);
-        tile = ahead;
+        words.bad = !good;
     }
-}
 
-// Adds what one chunk found, (more_o, more_largest, more_sum), to what the chunks before it did.
-PERCARD_INLINE void merge(const AttentionDecode& a, const Rows& all, const Rows& more) {
-    for (int64_t r = 0; r < all.count; ++r) {
-        const F32 both = max(set_f32(all.largest[r]), set_f32(more.largest[r]));
-        float largest[16], old[16], fresh[16];
-        store_f32(largest, both);
-        store_f32(old, exp(sub(set_f32(all.largest[r]), both)));
-        store_f32(fresh, exp(sub(set_f32(more.largest[r]), both)));
-        float* o = all.o + r * a.pages.size;
-        const float* add_o = more.o + r * a.pages.size;
-        for (int64_t d = 0; d < a.pages.size; d += 16)
-            store_f32(o + d, add(mul(load_f32(o + d), set_f32(old[0])), mul(load_f32(add_o + d), set_f32(fresh[0]))));
-        all.sum[r] = all.sum[r] * old[0] + more.sum[r] * fresh[0];
-        all.largest[r] = largest[0];
+    // 64 bytes from `d` on of a row of `bytes` bytes, what is past it undefined.
+    PERCARD_INLINE_MEMBER static Bytes part(const uint8_t* row, int64_t d, int64_t bytes) {
+        if (d + 64 <= bytes) return load_bytes(row + d);
+        uint8_t line[64];
+        std::memcpy(line, row + d, max_of(bytes - d, 0));
+        return load_bytes(line);
     }
-}
 
-// out and lse of the rows of (b, h). A row that saw nothing is 0, and its lse -infinity.
-PERCARD_INLINE void finish(const AttentionDecode& a, const Rows& rows, int64_t b, int64_t h) {
-    const int64_t group = a.heads / a.pages.heads;
-    for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t to = (b * a.max_q_len + r / group) * a.heads + h * group + r % group;
-        const bool none = rows.sum[r] == 0.0f;
-        const F32 by = set_f32(none ? 1.0f : rows.sum[r]);
-        for (int64_t d = 0; d < a.pages.size; d += 16)
-            store_as(a.out, to * a.pages.size + d, a.q_dtype, div(load_f32(rows.o + r * a.pages.size + d), by));
-        if (a.lse != nullptr) a.lse[to] = none ? -__builtin_inff() : rows.largest[r] + __builtin_logf(rows.sum[r]);
-    }
-}
-
-PERCARD_INLINE int64_t state_floats(int64_t count, int64_t size) { return round_up(count * (size + 2), 16); }
-
-// Rows whose sums lie at `state`; q and scores are put where `work` is.
-PERCARD_INLINE Rows rows_at(const AttentionDecode& a, float* work, float* state) {
-    const int64_t count = a.max_q_len * (a.heads / a.pages.heads);
-    return {count,
-            work,
-            work + count * a.pages.size,
-            state,
-            state + count * a.pages.size,
-            state + count * (a.pages.size + 1)};
-}
-
-template <int kDtype>
-void load_queries(const AttentionDecode& a, const Rows& rows, int64_t b, int64_t h) {
-    const int64_t group = a.heads / a.pages.heads;
-    for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t at = (b * a.max_q_len + r / group) * a.stride_qt + (h * group + r % group) * a.stride_qh;
-        for (int64_t d = 0; d < a.pages.size; d += 16)
-            store_f32(rows.q + r * a.pages.size + d, mul(load_as_f32(a.q, at + d, kDtype), set_f32(a.scale)));
-    }
-}
-
-template <int kDtype, int kVectors>
-void run(const AttentionDecode& a) {
-    const int64_t count = a.max_q_len * (a.heads / a.pages.heads), states = state_floats(count, a.pages.size);
-    const int64_t chunks = max_of((a.max_kv_len + kChunk - 1) / kChunk, 1), pairs = a.batch * a.pages.heads;
-    const double ns_of_key = a.pages.size * dtype_bytes(kDtype) * 2 / 12.0 + count * a.pages.size * 0.05;
-    const auto work = [&] {
-        const int64_t floats = count * (a.pages.size + kTile) + 2 * states;
-        return static_cast<float*>(scratch(kSlotX, floats * sizeof(float)));
-    };
-    const auto live = [&](int64_t b) { return max_of((a.lengths[b] + kChunk - 1) / kChunk, 1); };
-    if (chunks == 1 || pairs >= 2 * threads()) {  // the chunks of a pair one after another
-        parallel(pairs, min_of(a.max_kv_len, chunks * kChunk) * ns_of_key, [&](int64_t begin, int64_t end) {
-            float* at = work();
-            const Rows all = rows_at(a, at, at + count * (a.pages.size + kTile));
-            const Rows more = rows_at(a, at, all.o + states);
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t b = i / a.pages.heads, h = i % a.pages.heads, length = a.lengths[b];
-                load_queries<kDtype>(a, all, b, h);
-                chunk<kDtype, kVectors>(a, all, b, h, 0, min_of(length, kChunk));
-                for (int64_t c = 1; c < live(b); ++c) {
-                    chunk<kDtype, kVectors>(a, more, b, h, c * kChunk, min_of(length, (c + 1) * kChunk));
-                    merge(a, all, more);
+    // Rows of codes of kTile keys: in the pages where that is how they lie, else one number a byte in `w.keys`.
+    PERCARD_INLINE_MEMBER void keys_of(const Work& w, const Tile& tile, const uint8_t** rows) const {
+        const auto* from = static_cast<const uint8_t*>(p.k);
+        if (kKBits == 8 && p.size == wide_) {
+            for (int64_t t = 0; t < kTile; ++t) rows[t] = from + tile.k[t];
+            return;
+        }
+        for (int64_t t = 0; t < kTile; ++t) {
+            uint8_t* to = w.keys + min_of(t, tile.count - 1) * wide_;
+            rows[t] = to;
+            if (t >= tile.count) continue;
+            const uint8_t* row = from + tile.k[t];
+            if (kKBits == 8) {
+                std::memcpy(to, row, p.size);
+                continue;
+            }
+            uint8_t last[128];
+            for (int64_t d = 0; d < wide_ / 2; d += 64) {
+                const Bytes both = part(row, d, p.size / 2);
+                if (d + 64 <= wide_ / 2) {
+                    store_bytes(to + d, low_nibbles(both));
+                    store_bytes(to + wide_ / 2 + d, high_nibbles(both));
+                    continue;
                 }
-                finish(a, all, b, h);
+                store_bytes(last, low_nibbles(both));
+                store_bytes(last + 64, high_nibbles(both));
+                std::memcpy(to + d, last, 32);
+                std::memcpy(to + wide_ / 2 + d, last + 64, 32);
             }
-        });
-        return;
-    }
-    auto* found = static_cast<float*>(scratch(kSlotSums, pairs * chunks * states * sizeof(float)));
-    parallel(pairs * chunks, kChunk * ns_of_key, [&](int64_t begin, int64_t end) {
-        float* at = work();
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t pair = i / chunks, c = i % chunks, b = pair / a.pages.heads, h = pair % a.pages.heads;
-            if (c >= live(b)) continue;
-            const Rows mine = rows_at(a, at, found + i * states);
-            load_queries<kDtype>(a, mine, b, h);
-            chunk<kDtype, kVectors>(a, mine, b, h, c * kChunk, min_of(a.lengths[b], (c + 1) * kChunk));
         }
-    });
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-        const int64_t b = pair / a.pages.heads;
-        const Rows all = rows_at(a, nullptr, found + pair * chunks * states);
-        for (int64_t c = 1; c < live(b); ++c) merge(a, all, rows_at(a, nullptr, found + (pair * chunks + c) * states));
-        finish(a, all, b, pair % a.pages.heads);
     }
-}
 
-template <int kDtype>
-void run_sized(const AttentionDecode& a) {
-    if (a.pages.size == 128)
-        run<kDtype, 8>(a);
-    else if (a.pages.size == 64)
-        run<kDtype, 4>(a);
-    else
-        run<kDtype, 0>(a);
-}
+    // Values as `mix` reads them; while they are made the keys and words of the next tile are asked for.
+    PERCARD_INLINE_MEMBER void values_of(const Work& w, const Tile& tile, const Tile* next) const {
+        const auto* from = static_cast<const uint8_t*>(p.v);
+        for (int64_t t = 0; t < tile.count; t += 2) {
+            if (next != nullptr) ask_for_keys(*next, t);
+            const uint8_t *one = from + tile.v[t], *two = from + tile.v[min_of(t + 1, tile.count - 1)];
+            int16_t* to = w.values + t * wide_;
+            if (kVBits == 8) {
+                for (int64_t d = 0; d < wide_; d += 64)
+                    interleave(part(one, d, p.size), part(two, d, p.size), to + 2 * d);
+                continue;
+            }
+            int16_t last[128];
+            for (int64_t d = 0; d < wide_ / 2; d += 64) {
+                const Bytes x = part(one, d, p.size / 2), y = part(two, d, p.size / 2);
+                if (d + 64 <= wide_ / 2) {
+                    interleave(low_nibbles(x), low_nibbles(y), to + 2 * d);
+                    interleave(high_nibbles(x), high_nibbles(y), to + wide_ + 2 * d);
+                    continue;
+                }
+                interleave(low_nibbles(x), low_nibbles(y), last);
+                std::memcpy(to + 2 * d, last, 128);
+                interleave(high_nibbles(x), high_nibbles(y), last);
+                std::memcpy(to + wide_ + 2 * d, last, 128);
+            }
+        }
+    }
+
+    PERCARD_INLINE_MEMBER void ask_for_keys(const Tile& next, int64_t t) const {
+        const int64_t word = dtype_bytes(p.words);
+        for (int64_t i = t; i < min_of(t + 2, next.count); ++i)
+            ask_for(static_cast<const uint8_t*>(p.k) + next.k[i], kKBits == 8 ? p.size : p.size / 2);
+        if (t % 4 != 0 || t >= next.count) return;
+        prefetch(static_cast<const char*>(p.k_scales) + next.k_word[t] * word);
+        prefetch(static_cast<const char*>(p.v_scales) + next.v_word[t] * word);
+    }
+
+    // Float products with queries that are not rounded: scores[r, t] = q[r] . codes[t].
+    PERCARD_INLINE_MEMBER void float_dots(const Work& w, int64_t rows, const Tile& tile,
+                                          const uint8_t* const* k) const {
+        for (int64_t t = 0; t < tile.count; ++t)
+            for (int64_t r = 0; r < rows; ++r) {
+                F32 sum = set_f32(0.0f);
+                for (int64_t d = 0; d < wide_; d += 16) {
+                    const F32 code = to_f32(load_i8(reinterpret_cast<const int8_t*>(k[t]) + d));
+                    sum = fma(code, load_f32(w.q_float + r * wide_ + d), sum);
+                }
+                w.scores[r * kTile + t] = sum_of_lanes(sum);
+            }
+    }
+
+    // Products of row r become weights e^(score - largest so far) times the scales of the values: whole numbers of 15
+    // bits, times by[r]. What weights times offsets give is the same for every number of a row of o: more[r].
+    PERCARD_INLINE_MEMBER void weigh(const Work& w, const Rows& rows, int64_t r, const Tile& tile, const Seen& seen,
+                                     const Words& words) const {
+        float s[kTile];
+        const F32 step = set_f32(w.q_step[r]), total_ = set_f32(w.q_total[r]);
+        for (int i = 0; i < kTile; i += 16) {
+            const float* from = w.scores + r * kTile + i;
+            F32 x = mul(a.q_bits == 16 ? load_f32(from) : to_f32(load_i32(from)), load_f32(words.k + i));
+            if (kKBits == 4) x = fma(total_, load_f32(words.k_offset + i), x);
+            store_f32(s + i, mul(x, step));
+        }
+        if (a.softcap != 0.0f) cap(s, a.softcap, p.mu != nullptr ? w.shift[r] : 0.0f);
+        mask(s, tile, seen);
+        const F32 largest = set_f32(raise(rows, r, s));
+        const float *scale = words.v, *offset = words.v_offset;
+        float clean[2 * kTile];
+        bool nan = false;
+        if (words.bad) {
+            for (int64_t t = 0; t < kTile; ++t) {
+                const bool bad = !(words.v[t] - words.v[t] == 0.0f && words.v_offset[t] - words.v_offset[t] == 0.0f);
+                const bool mine = tile.first + t >= seen.first && tile.first + t < seen.last;
+                clean[t] = bad ? 0.0f : words.v[t];
+                clean[kTile + t] = bad ? 0.0f : words.v_offset[t];
+                nan = nan || (bad && mine);
+            }
+            scale = clean;
+            offset = clean + kTile;
+        }
+        F32 sum = set_f32(0.0f), more = set_f32(0.0f), most_ = set_f32(0.0f);
+        for (int i = 0; i < kTile; i += 16) {
+            const F32 e = exp(sub(load_f32(s + i), largest));
+            sum = add(sum, e);
+            if (kVBits == 4) more = fma(e, load_f32(offset + i), more);
+            const F32 weight = mul(e, load_f32(scale + i));
+            most_ = max(most_, abs(weight));
+            store_f32(s + i, weight);
+        }
+        const float found = sum_of_lanes(sum), heaviest = largest_of_lanes(most_);
+        rows.sum[r] += found;
+        nan = nan || found != found;
+        int16_t* to = w.p + r * kTile;
+        w.more[r] = nan ? __builtin_nanf("") : kVBits == 4 ? sum_of_lanes(more) : 0.0f;
+        w.by[r] = heaviest * (1.0f / 32767.0f);
+        if (nan || heaviest < kTiny) {
+            w.by[r] = 0.0f;
+            std::memset(to, 0, kTile * sizeof(int16_t));
+            return;
+        }
+        const F32 up = set_f32(32767.0f / heaviest), high = set_f32(32767.0f), low = set_f32(-32767.0f);
+        for (int i = 0; i < kTile; i += 16) store_i16(to + i, to_i32(max(min(mul(load_f32(s + i), up), high), low)));
+    }
+
+    void chunk(char* work, const Rows& rows, const Place& place, int64_t first, int64_t last) const {
+        const Work w = at(work);
+        Tile tiles[2];
+        Words words;
+        const uint8_t* keys[kTile];
+        int now = 0;
+        if (first < last) tile_at(a, place, first, last, tiles[0]);
+        while (first < last) {
+            const Tile& tile = tiles[now];
+            keys_of(w, tile, keys);
+            const auto ask_for_value = [&](int64_t t) {
+                ask_for(static_cast<const uint8_t*>(p.v) + tile.v[t], kVBits == 8 ? p.size : p.size / 2);
+            };
+            if (a.q_bits == 16)
+                float_dots(w, rows.count, tile, keys);
+            else
+                dots_of_tile<kSigned>(w.q, rows.count, wide_, keys, tile.count, w.q_sum,
+                                      reinterpret_cast<int32_t*>(w.scores), ask_for_value);
+            read_words(tile, words);
+            for (int64_t r = 0; r < rows.count; ++r) weigh(w, rows, r, tile, seen_by(a, place, r), words);
+            first += tile.count;
+            const Tile* next = nullptr;
+            if (first < last) {
+                tile_at(a, place, first, last, tiles[1 - now]);
+                next = &tiles[1 - now];
+            }
+            values_of(w, tile, next);
+            mix(w.p, rows.count, w.values, (tile.count + 1) / 2, wide_, w.by, w.more, rows.o);
+            now = 1 - now;
+        }
+    }
+};
 
 }  // namespace attention
 
 void attention_decode(const AttentionDecode& a) {
-    if (a.q_dtype == kFloat32)
-        attention::run_sized<kFloat32>(a);
+    using namespace attention;
+    if (a.pages.k_bits == 4)
+        run<attention::Codes<4, 4>>(a);
+    else if (a.pages.k_bits == 8 && a.pages.v_bits == 8)
+        run<attention::Codes<8, 8>>(a);
+    else if (a.pages.k_bits == 8)
+        run<attention::Codes<8, 4>>(a);
+    else if (a.q_dtype == kFloat32)
+        run_floats<kFloat32>(a);
     else if (a.q_dtype == kBFloat16)
-        attention::run_sized<kBFloat16>(a);
+        run_floats<kBFloat16>(a);
     else
-        attention::run_sized<kFloat16>(a);
+        run_floats<kFloat16>(a);
 }
 
 }  // namespace PERCARD_ISA
