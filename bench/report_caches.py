@@ -26,7 +26,8 @@ def cache_of(record: Record) -> str | None:
 
 def first_of_each(records: Iterable[Record]) -> list[Record]:
     """What the table of whole models shows of a run: of each spec its first cache, at the first depth."""
-    held, kinds = [], {}
+    held: list[Record] = []
+    kinds: dict[str, list[str | None]] = {}
     for record in records:
         spec = "16bit" if record.scheme["spec"] in _FLOATS else record.scheme["spec"]
         kind = kinds.setdefault(spec, [cache_of(record), None])
