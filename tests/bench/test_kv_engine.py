@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -22,7 +21,7 @@ KINDS = ("llama", "qwen2", "qwen3", "qwen3-moe")
 QUANTISED = tuple(name for name in SPECS if name != "bf16")
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3"
 CPU = torch.device("cpu")
-load = functools.partial(engine_module.load, impl="reference")
+load = engine_module.load
 
 
 def ids_of(batch: int, width: int, vocab: int = 211, seed: int = 1) -> torch.Tensor:
@@ -41,12 +40,14 @@ def stepped(model, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tenso
 
 
 def near(whole: torch.Tensor, got: torch.Tensor, plain: torch.Tensor) -> None:
-    """The same model, the sums in another order: what is left are numbers that were rounded to the other side.
+    """The same keys, sums in another order and weights of attention rounded as a body may: to bf16.
 
-    One code of a 4-bit row at the other side moves a logit by some hundredths, and most rows have none.
+    That is 2^-9 / sqrt(3) = 0.001 of a value, by chance; an 8-bit code is off by absmax / 127 / sqrt(12), which is 0.006 of a
+    usual value when absmax is 2.7 of them. So a fifth of what the cache itself moves logits by, and its square in KL. Less than
+    what the queries' own 8 bits make.
     """
-    assert kl(whole, got) < 0.02 * kl(plain, whole) + 1e-6
-    assert (whole - got).abs().median() < 0.02 * (whole - plain).abs().median() + 1e-5
+    assert kl(whole, got) < 0.04 * kl(plain, whole) + 1e-6
+    assert (whole - got).abs().median() < 0.2 * (whole - plain).abs().median() + 1e-5
 
 
 @pytest.mark.parametrize("kv", SPECS)
