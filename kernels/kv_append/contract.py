@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...formats.kvcache import KVPages, check_pages, parse_form, row_length
+from ...formats.kvcache import KVPages, KVSpec, check_pages, parse_form, quantize, row_length
 from ...formats.spec import FormatError
 from ..op import DTYPE_CODES, Cost, pointer, rows_contiguous
 from ..weight import check_place, ulp
@@ -102,6 +102,12 @@ def _check_held(a: Append, size: int) -> None:
         if a.scales.dtype != torch.float16 or a.scales.shape != wanted:
             found = f"{a.scales.dtype} {tuple(a.scales.shape)}"
             raise FormatError(f"{OP}: the scales are {found}, expected float16 {wanted} for {a.form}")
+    for name, rows, bits in (("k", a.k_pages, spec.k_bits), ("v", a.v_pages, spec.v_bits)):
+        if rows.ndim == 4 and rows.shape[3] != row_length(bits, size):
+            found = f"{rows.dtype} {tuple(rows.shape)}"
+            raise FormatError(
+                f"{OP}: the pages of {name} are {found}, expected rows of {row_length(bits, size)} for {a.form}"
+            )
     # both have words of the same plane, of at least as many numbers as either has: no slices on the way
     check_pages(OP, a.k_pages, a.v_pages, a.scales, a.scales, a.mu, a.form, size)
 
@@ -136,9 +142,16 @@ def out_like(*flat: Any) -> torch.Tensor:
 
 
 def written(*flat: Any) -> tuple[torch.Tensor, ...]:
-    """What a call changes in place: k_pages, v_pages, and the scales where there are any."""
+    """What a call changes in place: rows of k_pages and of v_pages, 4-bit ones number by number, and the scales if there are any."""
     a = Append(*flat)
-    return (a.k_pages, a.v_pages) if a.scales is None else (a.k_pages, a.v_pages, a.scales)
+    rows = tuple(unpacked(rows, a.k.shape[2]) if rows.dtype == torch.uint8 else rows for rows in (a.k_pages, a.v_pages))
+    return rows if a.scales is None else (*rows, a.scales)
+
+
+def unpacked(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Bytes [..., row] as their `size` numbers of 0 .. 15, then the bytes that fill the row."""
+    packed = rows[..., : size // 2]
+    return torch.cat((packed & 15, packed >> 4, rows[..., size // 2 :]), -1)
 
 
 def cost(*flat: Any) -> Cost:
@@ -164,43 +177,76 @@ def native(out: torch.Tensor, *flat: Any) -> tuple[int | float, ...]:
     )
     spec = parse_form(a.form).spec
     kinds = (DTYPE_CODES[k.dtype], spec.k_bits, spec.v_bits, spec.channels, int(spec.symmetric))
-    return (*(pointer(t) for t in held), *sizes, *rows_written(*flat), *strides, *kinds, a.eps)
-
-
-def rows_written(*flat: Any) -> tuple[int, int]:
-    """Elements of a row of k_pages and of v_pages that a call writes: of 4-bit rows also what fills them up."""
-    a = Append(*flat)
-    spec, size = parse_form(a.form).spec, a.k.shape[2]
-    k, v = (
-        min(row_length(bits, size), rows.shape[3])
-        for bits, rows in ((spec.k_bits, a.k_pages), (spec.v_bits, a.v_pages))
-    )
-    return k, v
+    sizes = (*sizes, k_pages.shape[3], v_pages.shape[3])
+    return (*(pointer(t) for t in held), *sizes, *strides, *kinds, a.eps)
 
 
 def tolerance(want: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
     """q_out and the rows of keys: one ulp, and what the order of the sum of squares moves; values are copied, all else stays.
 
-    A turned number is a sum of two products, so what counts is the size of both, not of their sum.
+    A turned number is a sum of two products, so what counts is the size of both, not of their sum. Without a norm nothing may
+    differ in quantised pages: a rotation and the offset round once a step everywhere.
     """
     a = Append(*flat)
-    q_out, k_want, _ = want
+    q_out, k_want, v_want = want[:3]
 
-    def off(x: torch.Tensor, weight: Maybe, got: torch.Tensor) -> torch.Tensor:
+    def off(x: torch.Tensor, weight: Maybe) -> torch.Tensor:
         pair = prepared(x, weight, a.eps, None, None).abs()
-        pair = pair + pair.roll(x.shape[-1] // 2, -1)
-        return ulp(got) + 2.0**-20 * pair.to(got.device)
+        return 2.0**-20 * (pair + pair.roll(x.shape[-1] // 2, -1))
 
-    turned = torch.zeros_like(q_out, dtype=torch.float32) if a.q is None else off(a.q, a.q_weight, q_out)
+    turned = torch.zeros_like(q_out, dtype=torch.float32)
+    if a.q is not None:
+        turned = ulp(q_out) + off(a.q, a.q_weight)
     rows, live = torch.zeros_like(k_want, dtype=torch.float32), a.slots >= 0
-    at = a.slots[live]
-    page, row = at // a.k_pages.shape[2], at % a.k_pages.shape[2]
-    rows[page, :, row] = off(a.k[live], a.k_weight, k_want[page, :, row])
-    return turned, rows, torch.zeros_like(a.v_pages, dtype=torch.float32)
+    page, row = a.slots[live] // a.k_pages.shape[2], a.slots[live] % a.k_pages.shape[2]
+    values = torch.zeros_like(v_want, dtype=torch.float32)
+    if a.scales is None:
+        rows[page, :, row] = ulp(k_want[page, :, row]) + off(a.k[live], a.k_weight)
+        return turned, rows, values
+    words = torch.zeros_like(a.scales, dtype=torch.float32)
+    if a.k_weight is not None:
+        positions = None if a.positions is None else a.positions[live]
+        keys, by = prepared(a.k[live], a.k_weight, a.eps, positions, a.cos_sin), off(a.k[live], a.k_weight)
+        if a.mu is not None:
+            keys, by = keys - a.mu, by + 2.0**-20 * a.mu.abs()
+        spec = parse_form(a.form).spec
+        codes, words[page, :, row, 0::2] = quantized_off(keys, by, spec.k_bits, spec)
+        rows[page, :, row, : codes.shape[-1]] = codes
+    return turned, rows, values, words
+
+
+def quantized_off(x: torch.Tensor, by: torch.Tensor, bits: int, spec: KVSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far codes [..., D] and scale words [..., 1 or 2] of rows x may move when each number moves by at most `by`.
+
+    A word moves by one step of fp16, and only where a row that is moved gets another word. Codes follow their numbers, which a
+    division and a rounding keep in order, by as much as those at both ends of the range; under another word, by a code and by
+    as many scales as it moved.
+    """
+    apart = by.amax(-1, keepdim=True) * by.new_tensor([-1.0, 1.0])
+    ends = torch.stack((x.amin(-1), x.amax(-1)), -1)  # all that words depend on
+    (scale, offset), *others = (quantize(ends + f * apart, bits, spec.symmetric)[1:] for f in (0, 1, -1))
+    steps = [torch.where((other[0] != scale) & torch.isfinite(scale), ulp(scale), 0.0) for other in others]
+    first, last = (0, 15) if offset is not None else (-127, 127) if bits == 8 else (-7, 7)
+    moved = torch.maximum(*steps)[..., None]
+    jump = last * moved
+    if offset is not None:
+        steps = [torch.where((other[1] != offset) & torch.isfinite(offset), ulp(offset), 0.0) for other in others]
+        moved = torch.cat((moved, torch.maximum(*steps)[..., None]), -1)
+        jump = jump + moved[..., 1:]
+    by_scale = scale.float()[..., None]
+
+    def codes(y: torch.Tensor) -> torch.Tensor:
+        return ((y if offset is None else y - offset.float()[..., None]) / by_scale).clamp(first, last).round()
+
+    near = torch.maximum((codes(x - by) - codes(x)).abs(), (codes(x + by) - codes(x)).abs())
+    allowed = torch.where(jump > 0, (jump / by_scale).ceil() + 1, near).nan_to_num(0.0)
+    if spec.channels == 4 and offset is None:  # int8 beside values with offsets
+        moved = torch.cat((moved, torch.zeros_like(moved)), -1)
+    return allowed, moved
 
 
 def triton_takes(*flat: Any) -> str | None:
-    return None if flat[4] is None else "does not write quantised pages yet; use impl='reference'"
+    return None
 
 
 def cpu_takes(*flat: Any) -> str | None:

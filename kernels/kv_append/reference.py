@@ -40,8 +40,7 @@ def run(
             into[page, :, row] = x[live].to(into.dtype)
             continue
         codes, scale, offset = quantize(x[live], bits, spec.symmetric)
-        wide = min(codes.shape[-1], into.shape[3])  # rows of another length have no room for what fills ours up
-        into[page, :, row, :wide] = codes[..., :wide]
+        into[page, :, row] = codes
         assert scales is not None  # check saw to it
         scales[page, :, row, first] = scale
         if spec.channels == 4:  # keys of int8 have no offset: 0 in its place
