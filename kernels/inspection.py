@@ -48,7 +48,7 @@ class Expect:
 
     quick: problems compiled in every test run; all problems: each of specs in the first of dtypes, the first in each. mma and weight_operand: by
     architecture ("" for an op without MMA). ceilings: by architecture, then by BLOCK_M: instructions per weight for groups
-    of 128 and more, of 64, of 32.
+    of 128 and more, of 64, of 32. narrow_stores: how many instructions may store less than 16 bytes; None: any.
     """
 
     quick: tuple[Case, ...]
@@ -57,6 +57,7 @@ class Expect:
     mma: dict[str, str]
     weight_operand: dict[str, str]
     ceilings: dict[str, dict[int, tuple[float, ...]]]
+    narrow_stores: int | None = None
 
     def of(self, field: str, arch: str, triton: str) -> Any:
         """What a field says of an architecture: under "sm_100 3.6" for one release of Triton, else under "sm_100"."""
@@ -82,6 +83,7 @@ class Row:
     mma: str
     weight_operand: str
     instructions_per_weight: float | None
+    narrow_stores: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def measure(job: Job) -> Row:
         per_weight = round(len(loop) / (steps * launch.step[0] * launch.step[1] / threads), 2)
     return Row(
         job.op, describe(launch), job.arch, triton.__version__, usage["REG"], usage["STACK"], kernel.metadata.shared,
-        mma, operand, per_weight,
+        mma, operand, per_weight, machine_code.narrow_stores(code),
     )  # fmt: skip
 
 
@@ -354,6 +356,9 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: spills {row['spilled_bytes']} bytes, expected none")
         if row["shared_bytes"] > ARCHS[arch].shared_bytes:
             found.append(f"{where}: takes {row['shared_bytes']} bytes of shared memory, has {ARCHS[arch].shared_bytes}")
+        may = expected(row["op"], row["config"].split()[0]).narrow_stores
+        if may is not None and row["narrow_stores"] > may:
+            found.append(f"{where}: {row['narrow_stores']} stores of less than 16 bytes, expected at most {may}")
         if not row["config"].startswith(("matmul", "attention")):
             continue
         expect = expected(row["op"], row["config"].split()[0])
@@ -385,7 +390,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "weight from",
         "instructions / weight",
     )
-    keys = [f for f in Row.__dataclass_fields__ if f != "op"]
+    keys = [f for f in Row.__dataclass_fields__ if f not in ("op", "narrow_stores")]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join("" if row[k] is None else str(row[k]) for k in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -28,6 +28,11 @@ def instructions(sass: str) -> list[tuple[int, bool, str]]:
     return found
 
 
+def narrow_stores(code: list[tuple[int, bool, str]]) -> int:
+    """Instructions that store less than 16 bytes of a thread to global memory."""
+    return sum(text.startswith("STG") and ".128" not in text.split()[0] for _, _, text in code)
+
+
 def _blocks(code: list[tuple[int, bool, str]]) -> tuple[list[range], list[list[int]]]:
     """Basic blocks (ranges of instruction numbers) and the blocks that each may go to."""
     at = {address: i for i, (address, _, _) in enumerate(code)}

@@ -39,6 +39,7 @@ FIELDS = [
     "mma",
     "weight_operand",
     "instructions_per_weight",
+    "narrow_stores",
 ]
 
 
@@ -115,6 +116,7 @@ def good_row(**changes: Any) -> dict[str, Any]:
         "mma": "HGMMA",
         "weight_operand": "registers",
         "instructions_per_weight": expect.ceilings["sm_90"][16][0],
+        "narrow_stores": 4,
     }
     return row | changes
 
@@ -138,6 +140,15 @@ def test_faults_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
     assert inspection.faults([good_row()]) == []
     (fault,) = inspection.faults([good_row(**changes)])
     assert said in fault and "sm_90" in fault and "3.9.0" in fault
+
+
+def test_narrow_stores_are_counted() -> None:
+    code = instructions(sass("0000: STG.E.128 [R2], R4\n0010: STG.E [R2], R4\n0020: STG.E.64 [R2], R4\n0030: EXIT"))
+    assert machine_code.narrow_stores(code) == 2
+    row = good_row(op="kv_append", config="kv_append k_bits8 v_bits8 c2 warps1 bfloat16>bfloat16", mma="")
+    assert inspection.faults([row | {"narrow_stores": 1}]) == []
+    (fault,) = inspection.faults([row])
+    assert "4 stores of less than 16 bytes, expected at most 1" in fault
 
 
 def test_a_bare_trap_is_a_fault() -> None:
