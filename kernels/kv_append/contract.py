@@ -102,14 +102,14 @@ def _check_held(a: Append, size: int) -> None:
         if a.scales.dtype != torch.float16 or a.scales.shape != wanted:
             found = f"{a.scales.dtype} {tuple(a.scales.shape)}"
             raise FormatError(f"{OP}: the scales are {found}, expected float16 {wanted} for {a.form}")
+    # both have words of the same plane, of at least as many numbers as either has: no slices on the way
+    check_pages(OP, a.k_pages, a.v_pages, a.scales, a.scales, a.mu, a.form, size)
     for name, rows, bits in (("k", a.k_pages, spec.k_bits), ("v", a.v_pages, spec.v_bits)):
         if rows.ndim == 4 and rows.shape[3] != row_length(bits, size):
             found = f"{rows.dtype} {tuple(rows.shape)}"
             raise FormatError(
                 f"{OP}: the pages of {name} are {found}, expected rows of {row_length(bits, size)} for {a.form}"
             )
-    # both have words of the same plane, of at least as many numbers as either has: no slices on the way
-    check_pages(OP, a.k_pages, a.v_pages, a.scales, a.scales, a.mu, a.form, size)
 
 
 def _check_tokens(a: Append, tokens: int, size: int, dtype: torch.dtype) -> None:
