@@ -226,7 +226,7 @@ def test_a_quantised_copy_does_not_carry_it_along(found, bad_layer, tmp_path):
         load(tmp_path / "w8", kv="calibrated")
 
 
-def test_verify_uses_what_was_written(tmp_path, capsys):
+def test_verify_and_generate_use_what_was_written(tmp_path, capsys):
     """The trained model, its own tokenizer, and a text as files of words."""
     folder = tmp_path / "tiny"
     shutil.copytree("examples/tiny-qwen3", folder)
@@ -236,6 +236,12 @@ def test_verify_uses_what_was_written(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     kinds = [row["spec"] for row in said["layers"]]
     assert {"bf16", "k8v4"} == set(kinds)
+    assert (
+        cli.run(["generate", str(folder), "--prompt", "def add(", "--max-new", "4", "--kv", "calibrated", "--json"])
+        == 0
+    )
+    done = json.loads(capsys.readouterr().out)
+    assert done["kv"] == "calibrated" and done["tokens"] == 4
     verify = ["verify", str(folder), "--against", str(folder), "--text", held, "--tokens", "512", "--kv", "calibrated"]
     assert cli.run([*verify, "--json"]) in (0, 4)
     found = json.loads(capsys.readouterr().out)
