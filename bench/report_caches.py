@@ -1,6 +1,7 @@
 """The table of a run over several caches or contexts: a line for each cache and depth, what it holds and how fast it decodes.
 
-`x` is against the 16-bit weights over a cache of 16 bits at the same depth, in the same rounds.
+`x` is against the 16-bit weights over a cache of 16 bits, `x cache` against the same weights over such a cache; both at the same
+depth, in the same rounds.
 """
 
 from __future__ import annotations
@@ -10,9 +11,24 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.table import Table
 
+from . import clock
+from .clock import Sample
 from .record import Record
 
-HEADER = ("spec", "cache", "context", "gate", "KL", "top-1", "ppl", "KV B/token", "KV MB", "decode tok/s", "x")
+HEADER = (
+    "spec",
+    "cache",
+    "context",
+    "gate",
+    "KL",
+    "top-1",
+    "ppl",
+    "KV B/token",
+    "KV MB",
+    "decode tok/s",
+    "x",
+    "x cache",
+)
 _LEFT = (0, 1, 3)
 _FLOATS = ("bf16", "fp32", "fp16")
 _STYLES = {"green": "green", "red": "bold red"}
@@ -49,11 +65,21 @@ def rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
     heads: dict[str, str] = {}
     for record in found:
         heads.setdefault(record.scheme["spec"], record.scheme["head"])
-    return [cells(r) for r in found if r.scheme["head"] == heads[r.scheme["spec"]]]
+    shown = [r for r in found if r.scheme["head"] == heads[r.scheme["spec"]]]
+    shown.sort(key=lambda r: (list(heads).index(r.scheme["spec"]), r.shape["kv_len"]))
+    plain = {(r.scheme["spec"], r.case): r for r in shown if cache_of(r) is None}
+    return [cells(r, plain.get((r.scheme["spec"], r.case))) for r in shown]
 
 
-def cells(record: Record) -> tuple[str, ...]:
-    """A decode record as the words of a line, in the order of HEADER."""
+def _times(record: Record | None) -> Sample | None:
+    """Seconds of the rounds; None for a row that was not timed."""
+    if record is None or not record.latency_us:
+        return None
+    return Sample.of([s / 1e6 for s in record.latency_us["samples"]])
+
+
+def cells(record: Record, plain: Record | None = None) -> tuple[str, ...]:
+    """A decode record as the words of a line, in the order of HEADER; `plain`: the same weights over a cache of 16 bits."""
     quality, memory, tokens = record.quality or {}, record.memory or {}, record.tokens
     depth = record.shape.get("kv_len", record.shape["isl"])
     per_token = memory.get("kv_bytes_per_token")
@@ -68,6 +94,8 @@ def cells(record: Record) -> tuple[str, ...]:
             work = record.shape["batch"] * 1e6
             rate += f" ({work / record.latency_us['hi']:.1f}-{work / record.latency_us['lo']:.1f})"
         gain = f"{tokens['vs_fp16']['same_batch']['ratio']:.2f}"
+    ours, theirs = _times(record), _times(plain)
+    by_cache = "-" if ours is None or theirs is None else f"{clock.ratio(theirs, ours).median:.2f}"
     return (
         record.scheme["spec"],
         record.scheme.get("kv_spec", "-"),
@@ -80,6 +108,7 @@ def cells(record: Record) -> tuple[str, ...]:
         "-" if memory.get("kv") is None else f"{memory['kv'] / 1e6:.1f}",
         rate,
         gain,
+        by_cache,
     )
 
 
