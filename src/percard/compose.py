@@ -96,8 +96,11 @@ class Verdict:
         return GATE_RED if red or any(found.gate == "red" for found in self.caches) else DONE
 
     def to_dict(self) -> dict[str, Any]:
-        told = {} if self.report is None else self.report.to_dict()
-        return told | ({"caches": [asdict(found) for found in self.caches]} if self.caches else {})
+        told: dict[str, Any] = {"verb": "verify", "status": "green"} if self.report is None else self.report.to_dict()
+        if not self.caches:
+            return told
+        red = {"status": "red"} if self.exit_code == GATE_RED else {}
+        return told | {"caches": [asdict(found) for found in self.caches]} | red
 
     def show(self) -> list[RenderableType]:
         lines = [] if self.report is None else show_report(self.report)
