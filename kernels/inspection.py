@@ -379,9 +379,9 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """One table, a line per row; the name of the op is the beginning of its config."""
-    heads = "kernel|arch|Triton|registers|spilled|shared|MMA|weight from|instructions / weight".split("|")
     keys = [f for f in Row.__dataclass_fields__ if f not in ("op", "narrow_stores")]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    heads = "| kernel | arch | Triton | registers | spilled | shared | MMA | weight from | instructions / weight |"
+    lines = [heads, "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join("" if row[k] is None else str(row[k]) for k in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
