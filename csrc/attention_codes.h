@@ -32,13 +32,20 @@ PERCARD_INLINE void interleave(Bytes a, Bytes b, int16_t* out) {
     _mm512_storeu_si512(out + 96, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(second, 1)));
 }
 
-// acc + a[2 i] * two[0] + a[2 i + 1] * two[1] in lane i.
-PERCARD_INLINE I32 add_pairs(I32 acc, I32 a, const int16_t* two) {
-    return {_mm512_dpwssd_epi32(acc.v, a.v, _mm512_set1_epi32(four(two)))};
+// acc += a[2 i] * two[0] + a[2 i + 1] * two[1] in lane i. As an intrinsic gcc 12 copies 16 sums to other registers and
+// back in every step, which costs as much as the products.
+PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
+    __asm__("vpdpwssd %1, %2, %0" : "+v"(acc.v) : "v"(_mm512_set1_epi32(four(two))), "v"(a.v));
 }
 
 PERCARD_INLINE void store_i16(int16_t* p, I32 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v));
+}
+
+// The low and the high 16 bits of the lanes.
+PERCARD_INLINE void split(I32 x, uint16_t* low, uint16_t* high) {
+    store_i16(reinterpret_cast<int16_t*>(low), x);
+    store_i16(reinterpret_cast<int16_t*>(high), shift_right<16>(x));
 }
 
 // Lane sums of 16 vectors: lane i of the result is that of a[i].
@@ -75,8 +82,7 @@ PERCARD_INLINE void dots(const int8_t* q, int64_t wide, const uint8_t* const* k,
             if (kSigned) key = _mm512_xor_si512(key, _mm512_set1_epi8(-128));
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-                __m512i& sum = acc[r * kKeys + t];
-                sum = _mm512_dpbusd_epi32(sum, key, rows[r]);
+                __asm__("vpdpbusd %1, %2, %0" : "+v"(acc[r * kKeys + t]) : "v"(rows[r]), "v"(key));
             }
         }
     }
@@ -103,14 +109,28 @@ PERCARD_INLINE void interleave(Bytes a, Bytes b, int16_t* out) {
     half(a.b, b.b, out + 64);
 }
 
-PERCARD_INLINE I32 add_pairs(I32 acc, I32 a, const int16_t* two) {
+PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
     const __m256i both = _mm256_set1_epi32(four(two));
-    return add(acc, I32{_mm256_madd_epi16(a.a, both), _mm256_madd_epi16(a.b, both)});
+#ifdef __AVXVNNI__
+    acc.a = _mm256_dpwssd_avx_epi32(acc.a, a.a, both);
+    acc.b = _mm256_dpwssd_avx_epi32(acc.b, a.b, both);
+#else
+    acc = add(acc, I32{_mm256_madd_epi16(a.a, both), _mm256_madd_epi16(a.b, both)});
+#endif
 }
 
 PERCARD_INLINE void store_i16(int16_t* p, I32 x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+
+PERCARD_INLINE void split(I32 x, uint16_t* low, uint16_t* high) {
+    const auto put = [](I32 y, uint16_t* p) {
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(y.a, y.b), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+    };
+    put(bit_and(x, set_i32(0xffff)), low);
+    put(shift_right<16>(x), high);
 }
 
 // Lane sums of 4 vectors.
@@ -172,17 +192,23 @@ PERCARD_INLINE void interleave(Bytes a, Bytes b, int16_t* out) {
     }
 }
 
-PERCARD_INLINE I32 add_pairs(I32 acc, I32 a, const int16_t* two) {
+PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
     for (int i = 0; i < 16; ++i) {
         int16_t both[2];
         std::memcpy(both, &a.v[i], 4);
         acc.v[i] += both[0] * two[0] + both[1] * two[1];
     }
-    return acc;
 }
 
 PERCARD_INLINE void store_i16(int16_t* p, I32 x) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(x.v[i]);
+}
+
+PERCARD_INLINE void split(I32 x, uint16_t* low, uint16_t* high) {
+    for (int i = 0; i < 16; ++i) {
+        low[i] = static_cast<uint16_t>(x.v[i]);
+        high[i] = static_cast<uint16_t>(static_cast<uint32_t>(x.v[i]) >> 16);
+    }
 }
 
 template <int kRows, bool kSigned>
@@ -243,7 +269,7 @@ PERCARD_INLINE void mix_rows(const int16_t* p, const int16_t* staged, int64_t pa
             for (int j = 0; j < kWide; ++j) {
                 const I32 here = load_i32(v + 32 * j);
 #pragma GCC unroll 4
-                for (int r = 0; r < kRows; ++r) sums[r][j] = add_pairs(sums[r][j], here, p + r * kTokens + 2 * i);
+                for (int r = 0; r < kRows; ++r) add_pairs(sums[r][j], here, p + r * kTokens + 2 * i);
             }
         }
 #pragma GCC unroll 4

@@ -25,6 +25,7 @@ struct Codes {
     const int64_t wide_;             // bytes of a row of codes once they are apart, and floats of one of o
     int16_t order[2][kMostNumbers];  // where number d of a key, of a value, lies in it
     bool plain_values;
+    bool plain_words;  // those of a tile lie one behind another, as in our own pages
 
     struct Work {
         int8_t* q;         // [rows, wide], codes
@@ -51,6 +52,11 @@ struct Codes {
             }
         plain_values = true;
         for (int64_t d = 0; d < p.size; ++d) plain_values = plain_values && order[1][d] == d;
+        const int64_t channels = kVBits == 4 && !p.symmetric ? 4 : 2;
+        const auto *k = static_cast<const uint16_t*>(p.k_scales), *v = static_cast<const uint16_t*>(p.v_scales);
+        plain_words = p.words == kFloat16 && p.zeros == 0 && p.page >= kTile && v == k + 1 &&
+                      p.k_scale_strides[2] == channels && p.v_scale_strides[2] == channels &&
+                      (channels == 2 || (p.k_scale_strides[3] == 2 && p.v_scale_strides[3] == 2));
     }
     int64_t wide() const { return wide_; }
     int64_t work_bytes() const { return reinterpret_cast<int64_t>(at(nullptr).end); }
@@ -146,9 +152,37 @@ struct Codes {
         }
     }
 
+    // The same of 64 tokens whose words lie one behind another: k_scale v_scale (k_offset v_offset).
+    PERCARD_INLINE_MEMBER void read_plain_words(const uint16_t* from, Words& words) const {
+        uint16_t k[2 * kTile], v[2 * kTile], k_word[2][kTile], v_word[2][kTile];
+        const bool four_words = kVBits == 4 && !p.symmetric;
+        for (int64_t i = 0; i < (four_words ? 2 : 1) * kTile; i += 16) split(load_i32(from + 2 * i), k + i, v + i);
+        if (four_words)
+            for (int64_t i = 0; i < kTile; i += 16) {
+                split(load_i32(k + 2 * i), k_word[0] + i, k_word[1] + i);
+                split(load_i32(v + 2 * i), v_word[0] + i, v_word[1] + i);
+            }
+        const auto write = [&](const uint16_t* scale, const uint16_t* offset, bool coded, float* s, float* o) {
+            for (int64_t t = 0; t < kTile; t += 16) {
+                const F32 x = load_as_f32(scale, t, kFloat16);
+                store_f32(s + t, x);
+                if (coded)
+                    store_f32(o + t, p.symmetric ? mul(set_f32(-8.0f), x) : load_as_f32(offset, t, kFloat16));
+                else
+                    store_f32(o + t, set_f32(0.0f));
+            }
+        };
+        write(four_words ? k_word[0] : k, k_word[1], kKBits == 4, words.k, words.k_offset);
+        write(four_words ? v_word[0] : v, v_word[1], kVBits == 4, words.v, words.v_offset);
+    }
+
     PERCARD_INLINE_MEMBER void read_words(const Tile& tile, Words& words) const {
-        read_words(p.k_scales, tile.k_word, tile.count, p.k_scale_strides[3], kKBits == 4, words.k, words.k_offset);
-        read_words(p.v_scales, tile.v_word, tile.count, p.v_scale_strides[3], kVBits == 4, words.v, words.v_offset);
+        if (plain_words && tile.count == kTile) {
+            read_plain_words(static_cast<const uint16_t*>(p.k_scales) + tile.k_word[0], words);
+        } else {
+            read_words(p.k_scales, tile.k_word, tile.count, p.k_scale_strides[3], kKBits == 4, words.k, words.k_offset);
+            read_words(p.v_scales, tile.v_word, tile.count, p.v_scale_strides[3], kVBits == 4, words.v, words.v_offset);
+        }
         bool good = true;
         for (int64_t t = 0; t < kTile; t += 16) {
             good = good && all_at_most(abs(load_f32(words.v + t)), kLargest);
