@@ -151,9 +151,10 @@ def test_on_a_cpu_a_loop_stays_a_function():
 
 
 @pytest.mark.gpu
-def test_a_captured_decode_loop_equals_steps(checkpoint):
+@pytest.mark.parametrize("kv", ["bf16", "int8", "k8v4", "int4"])
+def test_a_captured_decode_loop_equals_steps(checkpoint, kv):
     device = torch.device("cuda")
-    model = load(checkpoint("qwen3"), device=device)
+    model = load(checkpoint("qwen3"), device=device, kv=kv)
     cache, prompt = model.new_cache(2, 32), torch.randint(1, 211, (2, 16), device=device)
     first = model.prefill(prompt, cache).argmax(-1)
     expected, tokens = [], first
