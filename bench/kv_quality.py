@@ -111,7 +111,8 @@ def by_layer(
 ) -> Iterator[list[float]]:
     """For each layer: the KL summed over a window when that layer alone is held as each of its candidates.
 
-    The states before a layer are computed once; only the blocks from it on run again for each candidate.
+    The states before a layer are computed once; only the blocks from it on run again for each candidate. A layer without
+    candidates costs no more than its block.
     """
     config = model.config
     plain = [Held()] * config.layers

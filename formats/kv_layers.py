@@ -30,7 +30,8 @@ from .spec import FormatError
 
 SCHEMA = 1
 LAYERS, OFFSETS = "percard_kv.json", "percard_kv.safetensors"
-FILES = (LAYERS, OFFSETS)
+UNFINISHED = "percard_kv.unfinished.jsonl"  # what a calibration that was cut has measured
+FILES = (LAYERS, OFFSETS, UNFINISHED)
 _MAX_BYTES = 32 << 20  # of either file; 100 layers of 16 heads of 256 take 1.6 MB
 _AGAIN = "run percard calibrate-kv again"
 
@@ -136,7 +137,7 @@ class KVLayers:
 
 def refuse_existing(folder: str | Path) -> None:
     """FormatError if a calibration lies in `folder` already."""
-    for name in FILES:
+    for name in (LAYERS, OFFSETS):
         if (Path(folder) / name).exists():
             raise FormatError(f"{Path(folder) / name}: is there already; --force replaces it")
 

@@ -18,12 +18,15 @@ import torch
 
 from . import __version__, console, hub
 from .bench import card, engine, kv_quality
+from .bench.engine import kv as kinds
 from .bench.kv_quality import Held, Judge
 from .bench.quality import Quality
-from .formats.kv_layers import KVLayers, refuse_existing
+from .formats.checkpoint import Checkpoint
+from .formats.kv_layers import UNFINISHED, KVLayers, refuse_existing
 from .formats.kvcache import BF16, KVSpec
 from .formats.spec import FormatError
 from .quant import heldout
+from .quant.journal import Journal, machine, source_mark
 from .quant.progress import Callback, Meter
 
 if TYPE_CHECKING:
@@ -148,7 +151,8 @@ def calibrate(
     `budget` is the KL in nats a token that all layers together may cost; `specs` are tried besides leaving a layer as it is.
     On a CPU 16-bit weights compute in fp32: activations that are rounded there cost as much as int8 pages do. ValueError for
     a budget that is none, FormatError for an unknown spec, a text too short, a calibration that is there (unless `force`), a
-    checkpoint that cannot be read. Nothing is written before the end.
+    checkpoint that cannot be read. Nothing is written before the end but what single layers measured, with which the same
+    call goes on after it was cut.
     """
     if not budget >= 0:
         raise ValueError(f"--budget {budget} is no KL; give nats a token, such as {BUDGET}")
@@ -161,27 +165,42 @@ def calibrate(
     learn, judged_on = _windows(held)
     facts = _facts(held, learn, judged_on, config, wanted, budget)
     whole = config.layers * _bytes_of(BF16, config)
+    kinds.of((wanted[0],) * config.layers, config, str(folder))  # whether this model's heads fit
     if dry_run:
         return KVCalibration(folder, facts, whole)
     on_cpu = card.default_device().type == "cpu"
-    model = engine.load(folder, dtype=torch.float32 if on_cpu else None)
-    meter = Meter("calibrate", round(facts["passes"] * config.layers * len(learn)), progress, "blocks")
-    offsets = kv_quality.key_offsets(model, learn, meter.add)
-    options = _alone(model, learn, wanted, offsets, meter)
-    judge = Judge(model, judged_on, meter.add)
+    wish = {k: v for k, v in facts.items() if k != "budget"} | {
+        "source": source_mark(Checkpoint.open(folder)),
+        "fp32": on_cpu,
+    }
+    journal = _journal(folder / UNFINISHED, wish | machine(), 2 * len(wanted))  # fails now where nothing can be written
+    try:
+        model = engine.load(folder, dtype=torch.float32 if on_cpu else None)
+        meter = Meter("calibrate", round(facts["passes"] * config.layers * len(learn)), progress, "blocks")
+        offsets = kv_quality.key_offsets(model, learn, meter.add)
+        options = _alone(model, learn, wanted, offsets, meter, journal)
+        judge = Judge(model, judged_on, meter.add)
 
-    def measure(plan: Plan) -> Quality:
-        meter.total = max(meter.total, meter.done + config.layers * len(judged_on))
-        return judge([Held(c.spec, offsets[i] if c.offset else None) for i, c in enumerate(plan)])
+        def measure(plan: Plan) -> Quality:
+            meter.total = max(meter.total, meter.done + config.layers * len(judged_on))
+            return judge([Held(c.spec, offsets[i] if c.offset else None) for i, c in enumerate(plan)])
 
-    uniform = {str(spec): measure(tuple(row[n] for row in options)) for n, spec in enumerate(wanted)}
-    plan, quality, tried = choose([hull(row, _bytes_of(BF16, config)) for row in options], budget, measure)
-    meter.add(meter.total - meter.done, "all layers at once")
+        uniform = {str(spec): measure(tuple(row[n] for row in options)) for n, spec in enumerate(wanted)}
+        plan, quality, tried = choose([hull(row, _bytes_of(BF16, config)) for row in options], budget, measure)
+        meter.add(meter.total - meter.done, "all layers at once")
+    except BaseException as error:
+        if not journal.entries:
+            journal.path.unlink(missing_ok=True)
+        elif isinstance(error, KeyboardInterrupt | OSError):
+            error.add_note(f"{len(journal.entries)} measured layers are kept: the same command goes on")
+        raise
     done = KVCalibration(folder, facts, whole, plan, quality, options, tried, uniform)
     mu = tuple(offsets[i].cpu() if c.offset else None for i, c in enumerate(plan))
     said = console.plain_data(done.record())
     found = KVLayers(tuple(c.spec for c in plan), mu, config.kv_heads, config.head_dim, said)
-    return replace(done, files=found.save(folder, force=force))
+    done = replace(done, files=found.save(folder, force=force))
+    journal.path.unlink()
+    return done
 
 
 def hull(options: Sequence[Choice], whole: int) -> Plan:
@@ -247,15 +266,30 @@ def _gain(a: Choice, b: Choice) -> float:
 
 
 def _alone(
-    model: Model, pieces: Sequence[torch.Tensor], specs: Sequence[KVSpec], offsets: Sequence[torch.Tensor], meter: Meter
+    model: Model,
+    pieces: Sequence[torch.Tensor],
+    specs: Sequence[KVSpec],
+    offsets: Sequence[torch.Tensor],
+    meter: Meter,
+    journal: Journal,
 ) -> tuple[tuple[Choice, ...], ...]:
-    """Per layer a Choice for each spec, by the KL of that layer alone over `pieces`."""
+    """Per layer a Choice for each spec, by the KL of that layer alone over `pieces`; what the journal knows is not run again."""
     candidates = [[Held(spec, mu) for spec in specs for mu in (None, offset)] for offset in offsets]
-    sums = torch.zeros(len(offsets), 2 * len(specs), dtype=torch.float64)
-    for piece in pieces:
-        for layer, found in enumerate(kv_quality.by_layer(model, piece, candidates, meter.add)):
-            sums[layer] += torch.tensor(found, dtype=torch.float64)
-    means = (sums / sum(len(piece) - 1 for piece in pieces)).view(len(offsets), len(specs), 2).tolist()
+    layers = len(offsets)
+    known = {(entry["window"], entry["layer"]): entry["kl"] for entry in journal.entries}
+    sums = torch.zeros(layers, 2 * len(specs), dtype=torch.float64)
+    for number, piece in enumerate(pieces):
+        left = [[] if (number, layer) in known else candidates[layer] for layer in range(layers)]
+        meter.skip(sum((layers - i) * len(candidates[i]) for i, row in enumerate(left) if not row))
+        if not any(left):
+            meter.skip(layers)
+        else:
+            for layer, found in enumerate(kv_quality.by_layer(model, piece, left, meter.add)):
+                if found:
+                    known[number, layer] = found
+                    journal.add({"window": number, "layer": layer, "kl": found})
+        sums += torch.tensor([known[number, layer] for layer in range(layers)], dtype=torch.float64)
+    means = (sums / sum(len(piece) - 1 for piece in pieces)).view(layers, len(specs), 2).tolist()
     return tuple(
         tuple(
             _best(spec, without, with_, _bytes_of(spec, model.config))
@@ -263,6 +297,24 @@ def _alone(
         )
         for row in means
     )
+
+
+def _journal(path: Path, wish: dict[str, Any], width: int) -> Journal:
+    """What an earlier run of the same wish has measured, `width` sums a line; of another wish, or not to be read: nothing."""
+    try:
+        found = Journal(path, wish)
+        if all(_is_entry(entry, width) for entry in found.entries):
+            return found
+    except FileExistsError:
+        pass
+    path.unlink()
+    return Journal(path, wish)
+
+
+def _is_entry(entry: dict[str, Any], width: int) -> bool:
+    numbers, sums = (entry.get("window"), entry.get("layer")), entry.get("kl")
+    known = all(type(n) is int for n in numbers) and isinstance(sums, list) and len(sums) == width
+    return known and all(isinstance(x, float) for x in sums)
 
 
 def _best(spec: KVSpec, without: float, with_: float, size: int) -> Choice:

@@ -160,17 +160,20 @@ def calibrate_kv(
 ) -> None:
     from . import calibrate_kv as calibration
 
-    with console.showing_progress(as_json) as progress:
-        found = calibration.calibrate(
-            path,
-            text,
-            budget=budget,
-            specs=[name for name in specs.split(",") if name],
-            tokens=tokens,
-            force=force,
-            dry_run=dry_run,
-            progress=progress,
-        )
+    try:
+        with console.showing_progress(as_json) as progress:
+            found = calibration.calibrate(
+                path,
+                text,
+                budget=budget,
+                specs=[name for name in specs.split(",") if name],
+                tokens=tokens,
+                force=force,
+                dry_run=dry_run,
+                progress=progress,
+            )
+    except KeyboardInterrupt as error:  # the parser would forget what it says about finished layers
+        sys.exit(console.fail(error, "percard calibrate-kv", as_json))
     _show(found, as_json)
 
 

@@ -66,7 +66,7 @@ CALIBRATE_KV = """Choose a cache spec for each layer of the model in DIR: as few
 
 Half of the text's windows are learnt from: the mean of every key channel, which is taken off before keys are rounded, and
 what each layer costs alone. The other half says what all layers cost together. Writes percard_kv.json and
-percard_kv.safetensors into DIR, and nothing before the end; config.json and the weights stay untouched.
+percard_kv.safetensors into DIR at the end; config.json and the weights stay untouched. A run that was cut goes on.
 """
 
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.

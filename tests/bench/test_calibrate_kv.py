@@ -13,7 +13,7 @@ from percard import calibrate_kv, cli
 from percard.bench.engine import load
 from percard.bench.quality import Quality
 from percard.calibrate_kv import Choice, choose, hull
-from percard.formats.kv_layers import FILES, KVLayers
+from percard.formats.kv_layers import FILES, LAYERS, OFFSETS, UNFINISHED, KVLayers
 from percard.formats.kvcache import BF16, KVSpec
 from percard.formats.spec import FormatError
 
@@ -177,7 +177,7 @@ def test_the_command_line(bad_layer, text, tmp_path, capsys):
     assert [row["spec"] for row in said["layers"]] == ["bf16"] * 4 and said["calibrated"]["kl"] == 0
     events = [json.loads(line) for line in ran.err.splitlines()]
     assert events[-1]["done"] == events[-1]["total"] and events[0]["eta_s"] > 0
-    assert {path.name for path in folder.iterdir()} == {*before, *FILES}
+    assert {path.name for path in folder.iterdir()} == {*before, LAYERS, OFFSETS}
     assert all((folder / name).read_bytes() == data for name, data in before.items())
     assert cli.run(words) == 2
     assert "percard_kv.json: is there already; --force replaces it" in capsys.readouterr().err
@@ -203,24 +203,55 @@ def test_bad_input(bad_layer, text, change, words):
         calibrate_kv.calibrate(bad_layer, text, force=True, **change)
 
 
-def test_an_interrupt_leaves_nothing(bad_layer, text, tmp_path):
+def test_a_cut_run_goes_on(found, bad_layer, text, tmp_path, capsys):
+    """What single layers measured is kept, and nothing that looks finished; the same call ends with the same plan."""
     folder = tmp_path / "model"
     shutil.copytree(bad_layer, folder, ignore=shutil.ignore_patterns("percard_kv.*"))
     before = sorted(path.name for path in folder.iterdir())
+    wish = {"budget": 0.03, "specs": ["int8", "int4"]}
+    labels: list[str] = []
 
     def stop(event):
-        raise KeyboardInterrupt
+        labels.append(event.label)
+        if event.label == stopping:
+            raise KeyboardInterrupt
 
+    stopping = "offsets of keys"
     with pytest.raises(KeyboardInterrupt):
-        calibrate_kv.calibrate(folder, text, progress=stop)
+        calibrate_kv.calibrate(folder, text, progress=stop, **wish)
     assert sorted(path.name for path in folder.iterdir()) == before
+    stopping = "layer 2 in int4"
+    with pytest.raises(KeyboardInterrupt) as error:
+        calibrate_kv.calibrate(folder, text, progress=stop, **wish)
+    assert error.value.__notes__ == ["2 measured layers are kept: the same command goes on"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, UNFINISHED])
+    with (folder / UNFINISHED).open("a") as file:
+        file.write('{"window": 0, "lay')  # a kill in the middle of a line
+    stopping, labels[:] = "never", []
+    again = calibrate_kv.calibrate(folder, text, progress=stop, **wish)
+    assert labels.count("layer 0 in int8") == 2 and labels.count("layer 2 in int8") == 3  # of three windows
+    assert again.record() == found.record()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, LAYERS, OFFSETS])
+
+
+def test_what_another_wish_measured_is_not_used(bad_layer, text, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(bad_layer, folder, ignore=shutil.ignore_patterns("percard_kv.*"))
+    calibrate_kv.calibrate(folder, text, tokens=512, specs=["int8"])
+    right = KVLayers.load(folder).calibration
+    lies = {"window": 0, "layer": 0, "kl": [1e9, 1e9]}
+    for head in ({"percard": "another"}, None):
+        lines = [json.dumps(head or lies), json.dumps(lies | {"kl": "x"}), ""]
+        (folder / UNFINISHED).write_text("\n".join(lines))
+        calibrate_kv.calibrate(folder, text, tokens=512, specs=["int8"], force=True)
+        assert KVLayers.load(folder).calibration == right
 
 
 def test_a_quantised_copy_does_not_carry_it_along(found, bad_layer, tmp_path):
     """What was measured on 16-bit weights says nothing of others."""
     assert cli.run(["quantize", str(bad_layer), "--spec", "w8a8", "--out", str(tmp_path / "w8")]) == 0
     assert not any((tmp_path / "w8" / name).exists() for name in FILES)
-    for name in FILES:
+    for name in (LAYERS, OFFSETS):
         shutil.copy(bad_layer / name, tmp_path / "w8")
     with pytest.raises(FormatError, match="another config"):
         load(tmp_path / "w8", kv="calibrated")
