@@ -173,6 +173,36 @@ void gather_dequantize(const std::array<Address, 11>& pointers, const std::array
                              at<void>(pointers[9]), at<void>(pointers[10]), sizes[3], sizes[4], strides[14], form[7]});
 }
 
+// The same order; v and v_starts follow the sinks, the strides of v those of the pages.
+void attention_prefill(const std::array<Address, 15>& pointers, const std::array<int64_t, 7>& sizes,
+                       const std::array<int64_t, 19>& strides, const std::array<int, 9>& form, double scale,
+                       double softcap) {
+    ops().attention_prefill({pages_of(&pointers[1], &sizes[3], &strides[2], &form[1]),
+                             at<void>(pointers[0]),
+                             at<int32_t>(pointers[6]),
+                             at<int32_t>(pointers[7]),
+                             at<int32_t>(pointers[8]),
+                             at<int32_t>(pointers[9]),
+                             at<float>(pointers[10]),
+                             at<void>(pointers[11]),
+                             at<int32_t>(pointers[12]),
+                             at<void>(pointers[13]),
+                             at<float>(pointers[14]),
+                             sizes[0],
+                             sizes[1],
+                             sizes[2],
+                             sizes[6],
+                             strides[0],
+                             strides[1],
+                             strides[16],
+                             strides[17],
+                             strides[18],
+                             form[0],
+                             form[8],
+                             static_cast<float>(scale),
+                             static_cast<float>(softcap)});
+}
+
 int isa_of(const std::string& name) {
     std::string known;
     for (int isa = 0; isa < kIsaCount; ++isa) {
@@ -231,6 +261,8 @@ NB_MODULE(_cpu, module) {
                "scale"_a, "softcap"_a, "splits"_a, nogil());
     module.def("gather_dequantize", &percard::gather_dequantize, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
                nogil());
+    module.def("attention_prefill", &percard::attention_prefill, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
+               "scale"_a, "softcap"_a, nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
                "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
     module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");

@@ -188,6 +188,25 @@ struct GatherDequantize {
     int dtype;
 };
 
+// The same for many fresh tokens of each sequence: rows q_starts[b] .. q_starts[b + 1] - 1.
+struct AttentionPrefill {
+    KvPages pages;
+    const void* q;                // q_dtype [tokens, heads, size], of a token and a head stride_qt and stride_qh apart
+    const int32_t* table;         // [batch, pages], rows stride_tb apart
+    const int32_t* table_starts;  // [batch + 1]: row b of the table starts there; or null
+    const int32_t* lengths;       // [batch], the fresh tokens included
+    const int32_t* q_starts;      // [batch + 1], or null: max_q_len of each
+    const float* sinks;           // [heads] or null
+    const void* v;                // q_dtype [keys of all, kv heads, size] in place of the pages' values, or null
+    const int32_t* v_starts;      // [batch + 1]: where the values of a sequence begin
+    void* out;                    // q_dtype [tokens, heads, size]
+    float* lse;                   // [tokens, heads] or null
+    int64_t batch, max_q_len, heads, window;  // window -1: none
+    int64_t stride_qt, stride_qh, stride_vt, stride_vh, stride_tb;
+    int q_dtype, q_bits;  // 8: queries are rounded over quantised pages
+    float scale, softcap;
+};
+
 // The bodies of one ISA.
 struct Ops {
     void (*quantize_rows)(const QuantizeRows&);
@@ -202,6 +221,7 @@ struct Ops {
     void (*kv_append)(const KvAppend&);
     void (*attention_decode)(const AttentionDecode&);
     void (*gather_dequantize)(const GatherDequantize&);
+    void (*attention_prefill)(const AttentionPrefill&);
 };
 
 #define PERCARD_DECLARE(isa)                         \
@@ -218,6 +238,7 @@ struct Ops {
     void kv_append(const KvAppend&);                 \
     void attention_decode(const AttentionDecode&);   \
     void gather_dequantize(const GatherDequantize&); \
+    void attention_prefill(const AttentionPrefill&); \
     }
 PERCARD_DECLARE(scalar)
 PERCARD_DECLARE(avx2)

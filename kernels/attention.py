@@ -30,6 +30,7 @@ FIELDS = (
 )
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Maybe = torch.Tensor | None
+Given = tuple[torch.Tensor, torch.Tensor] | None  # values [sum S, Hkv, D] and starts [B + 1], in place of the pages'
 
 
 class Attention(NamedTuple):
@@ -199,7 +200,7 @@ class Sequence(NamedTuple):
     v_word: torch.Tensor
 
 
-def sequences(a: Attention) -> Iterator[Sequence]:
+def sequences(a: Attention, values: Given = None) -> Iterator[Sequence]:
     """The sequences of a call, one after another."""
     check_values(a.pages, table=a.table, lengths=a.lengths, table_starts=a.table_starts)
     size, page = a.q.shape[2], a.k_pages.shape[2]
@@ -209,6 +210,9 @@ def sequences(a: Attention) -> Iterator[Sequence]:
         mine = table_row(a.table, b, a.table_starts)
         where = mine[at // page].long(), at % page
         found = (*read(a.pages, *where, size), _value_words(a.pages, *where))
+        if values is not None:
+            given = values[0][int(values[1][b]) :][:length].float()
+            found = (found[0], given, torch.zeros_like(found[2]))
         k, v, v_word = (part.transpose(0, 1).repeat_interleave(a.group, 0) for part in found)
         q = a.q[first:last].float()
         codes, step = rounded_q(q)
@@ -244,11 +248,11 @@ def scores(a: Attention, s: Sequence) -> torch.Tensor:
     return found.masked_fill(~s.seen[:, None], -torch.inf)
 
 
-def reference(a: Attention) -> Outputs:
+def reference(a: Attention, values: Given = None) -> Outputs:
     """The meaning of it, in plain torch and fp32."""
     out = torch.zeros(a.q.shape, dtype=a.q.dtype, device=a.q.device)
     lse = a.q.new_full(a.q.shape[:2], -torch.inf, dtype=torch.float32)
-    for s in sequences(a):
+    for s in sequences(a, values):
         found = scores(a, s)
         total = found.logsumexp(-1)
         if a.sinks is not None:
@@ -264,14 +268,14 @@ def reference(a: Attention) -> Outputs:
     return out, lse if a.with_lse else lse[:, :0]
 
 
-def tolerance(want: Outputs, a: Attention) -> Outputs:
+def tolerance(want: Outputs, a: Attention, values: Given = None, tile: int = TILE) -> Outputs:
     """An ulp, the rounding of weights to the type in which a body multiplies V, and the order of sums.
 
     A score is off by 2^-18 of what is added up in it, scale * sum |q'| |k'| and its offsets, which moves a weight by twice that
     share, and all of sum_t p_t |v_t|, where a 4-bit value counts as its code times scale, and its offset.
 
     A weight is off by its rounding, which acts on codes times scale alone. Triton: half an ulp of bf16 over quantised pages, else of
-    the type of V. C++ over quantised pages: whole numbers up to 2^15 - 1 for the largest w_t = p_t * scale_t of a tile of TILE
+    the type of V. C++ over quantised pages: whole numbers up to 2^15 - 1 for the largest w_t = p_t * scale_t of a `tile` of
     keys, so half of that largest w / (2^15 - 1) for every code of the tile, however small its own weight. The larger of both.
     """
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[a.q.dtype]
@@ -279,7 +283,7 @@ def tolerance(want: Outputs, a: Attention) -> Outputs:
         rounding = 2.0**-8
     reach, rounded = (a.q.new_zeros(a.q.shape, dtype=torch.float32) for _ in range(2))
     spread = a.q.new_zeros((*a.q.shape[:2], 1), dtype=torch.float32)
-    for s in sequences(a):
+    for s in sequences(a, values):
         if not s.v.shape[1]:
             continue
         p = scores(a, s).softmax(-1).nan_to_num(0.0)
@@ -287,7 +291,7 @@ def tolerance(want: Outputs, a: Attention) -> Outputs:
         coded_reach = torch.einsum("nhs,hsd->nhd", p, coded)
         rounded[s.tokens] = rounding * coded_reach
         if a.quantised:
-            rounded[s.tokens] = rounded[s.tokens].maximum(_whole_weights(p, coded, s))
+            rounded[s.tokens] = rounded[s.tokens].maximum(_whole_weights(p, coded, s, tile))
         reach[s.tokens] = coded_reach + torch.einsum("nhs,hsd->nhd", p, s.v_word[..., 1:].abs().nan_to_num(0.0))
         sums = torch.einsum("nhd,hsd->nhs", s.rounded.abs() * abs(a.scale), s.k.abs() + 2 * offsets(a, s)[0])
         spread[s.tokens] = (sums.nan_to_num(0.0).amax(-1) + abs(a.scale) * (s.q * s.mu).abs().sum(-1))[..., None]
@@ -295,15 +299,15 @@ def tolerance(want: Outputs, a: Attention) -> Outputs:
     return off, (2.0**-17 * (1 + spread[..., 0]))[:, : want[1].shape[1]]
 
 
-def _whole_weights(p: torch.Tensor, coded: torch.Tensor, s: Sequence) -> torch.Tensor:
+def _whole_weights(p: torch.Tensor, coded: torch.Tensor, s: Sequence, tile: int) -> torch.Tensor:
     """[n, Hq, D]: what weights lose that are whole numbers of the largest of a tile; p [n, Hq, S], coded [Hq, S, D]."""
     scale = s.v_word[..., 0].abs().nan_to_num(0.0)
     codes = torch.where(scale[..., None] > 0, coded / scale[..., None], torch.zeros_like(coded))
-    missing = -p.shape[-1] % TILE
+    missing = -p.shape[-1] % tile
     w, codes = torch.nn.functional.pad(p * scale, (0, missing)), torch.nn.functional.pad(codes, (0, 0, 0, missing))
-    seen = torch.nn.functional.pad(s.seen.float(), (0, missing)).unflatten(-1, (-1, TILE))
-    most = w.unflatten(-1, (-1, TILE)).amax(-1)  # [n, Hq, tiles]
-    return torch.einsum("nhi,nij,hijd->nhd", most, seen, codes.unflatten(1, (-1, TILE))) / (2 * (2.0**15 - 1))
+    seen = torch.nn.functional.pad(s.seen.float(), (0, missing)).unflatten(-1, (-1, tile))
+    most = w.unflatten(-1, (-1, tile)).amax(-1)  # [n, Hq, tiles]
+    return torch.einsum("nhi,nij,hijd->nhd", most, seen, codes.unflatten(1, (-1, tile))) / (2 * (2.0**15 - 1))
 
 
 def offsets(a: Attention, s: Sequence) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,12 @@ OPS = (
 )  # search_scale has a suite of its own
 
 PRODUCERS = ("rmsnorm_quantize", "silu_mul_quantize")  # test_producers.py
-ATTENTION = ("kv_append", "attention_decode", "gather_dequantize")  # test_attention.py, test_gather.py
+ATTENTION = (
+    "kv_append",
+    "attention_decode",
+    "gather_dequantize",
+    "attention_prefill",
+)  # test_attention.py, test_gather.py
 
 
 os.environ.setdefault("PERCARD_TUNED", os.devnull)  # what a developer tuned must not decide what is tested
