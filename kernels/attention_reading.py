@@ -49,7 +49,8 @@ class Reading:
     @property
     def name(self) -> str:
         """For people: `int8 d128 p64 units2 parts2 word32`."""
-        spec = str(KVSpec(self.k_bits, self.v_bits, self.symmetric))
+        given = self.v_bits == 16 > self.k_bits  # values that do not come from the pages
+        spec = f"k{self.k_bits} given" if given else str(KVSpec(self.k_bits, self.v_bits, self.symmetric))
         more = f"units{self.v_unit} parts{self.v_parts} word{self.word}" if self.v_unit else ""
         flags = (
             ["pairs"] * self.pairs + [self.zeros] * (self.zeros != "offset") + ["q16"] * (bool(more) > self.rounds_q)

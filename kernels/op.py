@@ -61,7 +61,8 @@ class Body:
     `absent(device type)` says why this machine cannot run it on such a device; asked once, then remembered.
     `takes(*flat)` says what it does not serve; asked at every call, so it must be cheap and must not look at data.
     `load()` imports the body and returns its `run(*flat)`. `by_name_on`: device types where it is too slow to be
-    taken without having been asked for. `bind(*flat)`: outputs, and a bare call that fills them (for a Tape); None = by run.
+    taken without having been asked for. `yields(*flat)` says why it leaves a call that it takes to others unless asked for by
+    name ("reason; remedy"), or None. `bind(*flat)`: outputs, and a bare call that fills them (for a Tape); None = by run.
     """
 
     name: str
@@ -71,6 +72,13 @@ class Body:
     load: Callable[[], Run]
     by_name_on: tuple[str, ...] = ()
     bind: Callable[..., tuple[Any, Callable[[], Any]]] | None = None
+    yields: Callable[..., Refusal] | None = None
+
+    def unasked(self, *flat: Any) -> Refusal:
+        """None, or why this body is not taken for these arguments, of those it takes, when nobody named it."""
+        if device_type(flat) in self.by_name_on:
+            return f"slow on {device_type(flat)}, runs only when asked for with impl={self.name!r}"
+        return None if self.yields is None else self.yields(*flat)
 
     def refuses(self, *flat: Any) -> Refusal:
         """None, or why this body does not serve these arguments, and what to do."""
@@ -146,7 +154,12 @@ def cpu_body(name: str, packing: str | None, contract: ModuleType, takes: Callab
     return Body("cpu", packing, absent, takes, load, bind=bind)
 
 
-def triton_body(module: str, packing: str | None, takes: Callable[..., Refusal]) -> Body:
+def triton_body(
+    module: str,
+    packing: str | None,
+    takes: Callable[..., Refusal],
+    yields: Callable[..., Refusal] | None = None,
+) -> Body:
     """The Triton body in `module` (a gpu.py with `run(*flat)`); on a CPU it runs by name only, in Triton's interpreter."""
 
     def absent(where: str) -> Refusal:
@@ -158,13 +171,22 @@ def triton_body(module: str, packing: str | None, takes: Callable[..., Refusal])
             return "triton is not installed; pip install triton"
         return device.lacks_tensor_cores() if where == "cuda" else None
 
-    return Body("triton", packing, absent, takes, lambda: importlib.import_module(module).run, by_name_on=("cpu",))
+    def load() -> Run:
+        return importlib.import_module(module).run
+
+    return Body("triton", packing, absent, takes, load, by_name_on=("cpu",), yields=yields)
 
 
 def reference_body(run: Run, packing: str | None, takes: Callable[..., Refusal] | None = None) -> Body:
     """The plain torch body: exact and slow, so it serves only when asked for by name."""
     takes = takes or (lambda *flat: None)
     return Body("reference", packing, lambda where: None, takes, lambda: run, by_name_on=("cpu", "cuda"))
+
+
+def _taken(body: Body) -> Callable[..., Refusal]:
+    """What a call asks a body that it did not name."""
+    yields = body.yields
+    return body.takes if yields is None else lambda *flat: body.takes(*flat) or yields(*flat)
 
 
 class Tape:
@@ -251,11 +273,11 @@ class Op:
     def pick(self, *flat: Any, impl: str | None = None) -> Body:
         """The body that serves these arguments; Unsupported lists all refusals."""
         asked = self.bodies if impl is None else (self.body(impl),)
-        where, refusals = device_type(flat), []
+        refusals = []
         for body in asked:
             reason = body.refuses(*flat)
-            if reason is None and impl is None and where in body.by_name_on:
-                reason = f"slow on {where}, runs only when asked for with impl={body.name!r}"
+            if reason is None and impl is None:
+                reason = body.unasked(*flat)
             if reason is None:
                 return body
             refusals.append(f"{body.name}: {reason}")
@@ -286,6 +308,8 @@ class Op:
                 word = f"refuses: {reason}"
             elif where in body.by_name_on:
                 word = f"only when asked for (impl={body.name!r})"
+            elif body.yields is not None and (reason := body.yields(*flat)) is not None:
+                word = f"only when asked for (impl={body.name!r}): {reason}"
             else:
                 word, served = ("stands by" if served else "serves"), True
             lines.append(f"{self.name:16} {body.name:10} {word}")
@@ -330,7 +354,7 @@ class Op:
     def _settle(self, where: str) -> tuple[tuple[Callable[..., Refusal], Run], ...]:
         """The bodies that a device type has without asking, loaded, in their order; remembered."""
         there = [b for b in self.bodies if where not in b.by_name_on and b.absent(where) is None]
-        self._ready[where] = tuple((b.takes, self.run_of(b)) for b in there)
+        self._ready[where] = tuple((_taken(b), self.run_of(b)) for b in there)
         return self._ready[where]
 
     def __repr__(self) -> str:

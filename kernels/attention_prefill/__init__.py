@@ -10,13 +10,14 @@ the whole at once (on a CPU, and with `deterministic` elsewhere). Products of qu
 for each query row (SageAttention, arXiv:2410.02367); blocks of keys with a running maximum are FlashAttention's (arXiv:2205.14135).
 """
 
-from ..op import Op, cpu_body, reference_body
+from ..op import Op, cpu_body, reference_body, triton_body
 from . import contract, reference
 
 attention_prefill = Op(
     "attention_prefill",
     contract,
     (
+        triton_body(f"{__name__}.gpu", None, contract.triton_takes, contract.triton_yields),
         cpu_body("attention_prefill", None, contract, contract.cpu_takes),
         reference_body(reference.run, None),
     ),

@@ -9,6 +9,7 @@ import torch
 
 from ...formats import kvcache
 from ...formats.kvcache import PAGE, KVPages, KVSpec, pages_of
+from ..inspection import Expect
 from ..shapes import Case, empty, generator
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -128,6 +129,12 @@ def pages_for(case: PrefillCase, table: torch.Tensor, random: torch.Generator) -
     return KVPages(held[0], held[1], spec, plane, mu)
 
 
+def _options(case: PrefillCase) -> tuple[int, float, int]:
+    """(window, softcap, q_bits) of a case."""
+    flags = case.flags
+    return 20 if "window" in flags else -1, 1.5 if "softcap" in flags else 0.0, 16 if "q16" in flags else 8
+
+
 def inputs(case: PrefillCase, seed: int, device: str = "cpu") -> tuple[Any, ...]:
     """The op's arguments for a case, random in `seed`: pages in random order, poison wherever no key lies."""
     random = generator(case, seed, device)
@@ -146,10 +153,10 @@ def inputs(case: PrefillCase, seed: int, device: str = "cpu") -> tuple[Any, ...]
     table_starts = None
     if "csr" in flags:
         table, table_starts = table.flatten(), torch.arange(0, batch * per + 1, per, dtype=torch.int32, device=device)
-    window, softcap = 20 if "window" in flags else -1, 1.5 if "softcap" in flags else 0.0
+    window, softcap, q_bits = _options(case)
     return (
         q, pages, table, lengths, None if "even" in flags else starts, case.most, case.keys, *given, None, window, sinks,
-        softcap, 16 if "q16" in flags else 8, False, True, table_starts,
+        softcap, q_bits, False, True, table_starts,
     )  # fmt: skip
 
 
@@ -165,11 +172,40 @@ def blank(case: PrefillCase) -> tuple[Any, ...]:
     given: tuple[Any, Any] = (None, None)
     if "given" in case.flags:
         given = (empty(sum(case.lengths), case.kv_heads, case.k, dtype=case.dtype), empty(batch + 1, dtype=torch.int32))
-    ints = (
-        empty(batch, per, dtype=torch.int32),
-        None,
-        empty(batch, dtype=torch.int32),
-        empty(batch + 1, dtype=torch.int32),
+    starts = None if "even" in case.flags else empty(batch + 1, dtype=torch.int32)
+    where = (empty(batch, per, dtype=torch.int32), None, empty(batch, dtype=torch.int32), starts)
+    mu = empty(case.kv_heads, case.k) if "mu" in case.flags else None
+    sinks = empty(case.heads) if "sinks" in case.flags else None
+    window, softcap, q_bits = _options(case)
+    sizes = (case.k**-0.5, case.most, case.keys, window, softcap, q_bits, False, False, case.form)
+    return (empty(case.m, case.heads, case.k, dtype=case.dtype), k, v, *words, mu, *where, sinks, *sizes, *given)
+
+
+def _compiled(
+    form: str, *flags: str, size: int = 128, page: int = PAGE, group: int = 4, dtype: torch.dtype = BF16
+) -> PrefillCase:
+    """A call that inspection compiles: 1024 tokens over 4096 keys, 8 key heads."""
+    name = ".".join([form.replace(" ", "_"), f"d{size}.p{page}.g{group}", *flags])
+    return PrefillCase(
+        name, 1024, 8 * group * size, size, "", dtype, False, False, 8 * group, 8, page, (1024,), (4096,), form, flags
     )
-    sizes = (case.k**-0.5, case.most, case.keys, -1, 0.0, 8, False, False, case.form)
-    return (empty(case.m, case.heads, case.k, dtype=case.dtype), k, v, *words, None, *ints, None, *sizes, *given)
+
+
+def problems(_: Expect) -> list[Case]:
+    """What inspection compiles of everything: forms, head sizes, pages, groups, options."""
+    forms = [_compiled(form) for form in kvcache.SPECS]
+    forms += [_compiled(form, "given") for form in ("int8", "k8v4", "int4")]
+    shapes = ((64, 64, 4), (80, 16, 5), (96, 64, 4), (256, 64, 2), (128, 16, 7), (128, 128, 16))
+    sizes = [_compiled(form, size=d, page=p, group=g) for form in ("bf16", "int8", "int4") for d, p, g in shapes]
+    options = [_compiled("int8", flag) for flag in ("window", "softcap", "sinks", "mu", "even", "q16")]
+    return [*forms, *sizes, *options, _compiled("bf16", dtype=FP16), _compiled("int8", dtype=FP16)]
+
+
+EXPECT = Expect(
+    quick=(_compiled("bf16"), _compiled("int8"), _compiled("int8", "given"), _compiled("int4", "given")),
+    specs=("",),
+    dtypes=(BF16, FP16),
+    mma={},
+    weight_operand={},
+    ceilings={},
+)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from ...formats.kvcache import KVPages
-from .. import attention
+from .. import attention, device
 from ..attention import Attention, Given, Outputs
 from ..op import Cost, pointer, rows_contiguous
 from ..weight import check_place
 
 OP = "attention_prefill"
 SCHEMA = f"({attention.FIELDS}, Tensor? v, Tensor? v_starts) -> (Tensor, Tensor)"
+WARPGROUPS = (90, 100, 103)  # SMs whose engines bring attention of warpgroups
 BLOCK = 256  # keys of which the C++ body sums weights of 15 bits
 
 
@@ -105,6 +106,19 @@ def native(out: Outputs, *flat: Any) -> tuple[Any, ...]:
 def tolerance(want: Outputs, *flat: Any) -> Outputs:
     """That of all attentions; the C++ body's tiles of whole weights are BLOCK keys, the largest weight of one 32760."""
     return attention.tolerance(want, *parts(*flat), tile=BLOCK)
+
+
+def triton_takes(*flat: Any) -> str | None:
+    return None
+
+
+def triton_yields(*flat: Any) -> str | None:
+    """Where attention over 16-bit rows is scheduled better than Triton can, rows of 16 bits are worth making."""
+    q = flat[0]
+    if not q.is_cuda or device.card_of(q.device).sm not in WARPGROUPS:
+        return None
+    sm = device.card_of(q.device).sm
+    return f"FlashAttention over 16-bit rows is faster on sm_{sm}; gather_dequantize + your engine's attention, or impl='triton'"
 
 
 def cpu_takes(*flat: Any) -> str | None:

@@ -26,6 +26,7 @@ OPS = [
     "silu_mul_quantize",
     "kv_append",
     "attention_decode",
+    "attention_prefill",
     "gather_dequantize",
 ]
 FIELDS = [
