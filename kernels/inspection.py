@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
-from . import machine_code
+from . import attention_code, machine_code
 from .device import H200, Card
+from .launches import describe, key
 from .shapes import Case
 
 ARCHS = {
@@ -70,7 +71,7 @@ class Row:
     """One compiled kernel. spilled_bytes is stack per thread; instructions_per_weight counts the hot loop per thread.
 
     weight_operand: "registers", "shared memory" or "tensor memory", with "+ stores to shared memory" when the hot loop
-    stores there; "none" without MMA.
+    stores there; "none" without MMA. loop: attention_code.facts of a kernel that reads pages.
     """
 
     op: str
@@ -84,6 +85,7 @@ class Row:
     weight_operand: str
     instructions_per_weight: float | None
     narrow_stores: int = 0
+    loop: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,41 +99,6 @@ class Job:
 
 
 # ---- compiling ------------------------------------------------------------------------------------------------------
-
-
-def describe(launch: Any) -> str:
-    """Kernel, tile and flags of a launch: `matmul_w4a16 n128 m16 group128 asm warps4 stages4 bf16`."""
-    short = {"BLOCK_N": "n", "BLOCK_M": "m", "BLOCK_K": "k", "num_warps": "warps", "num_stages": "stages"}
-    words = [launch.kernel.__name__.removesuffix("_kernel")]
-    for key, value in launch.options.items():
-        if key in ("enable_fp_fusion", "maxnreg", "RASTER", "USE_ASM"):
-            continue
-        if isinstance(value, bool):
-            words += [key.lower()] if value else []
-        elif isinstance(value, int):
-            words.append(f"{short.get(key, key.lower())}{value if value < 1 << 30 else 'row'}")
-        else:
-            words.append(value.name)
-    dtypes = [str(a.dtype).removeprefix("torch.") for a in launch.args if isinstance(a, torch.Tensor)]
-    return " ".join([*words, f"{dtypes[0]}>{dtypes[-1]}"])
-
-
-def key(launch: Any) -> tuple:
-    """What decides about the machine code: kernel, compile-time options, types, and which sizes divide by 16."""
-    traits = [
-        _trait(value, parameter.do_not_specialize)
-        for parameter, value in zip(launch.kernel.params, launch.args, strict=False)
-    ]
-    return launch.kernel.__name__, tuple(launch.options.items()), tuple(traits)
-
-
-def _trait(value: Any, any_number: bool = False) -> Any:
-    """What Triton specialises a kernel on of an argument: a type, and of a whole number whether it is 1 or divides by 16."""
-    if isinstance(value, tuple):
-        return tuple(map(_trait, value))
-    if any_number or not isinstance(value, int):
-        return getattr(value, "dtype", type(value))
-    return 1 if value == 1 else value % 16 == 0
 
 
 def plan(op: str, case: Case, arch: str) -> list[Any]:
@@ -231,6 +198,9 @@ def measure(job: Job) -> Row:
     loop = machine_code.hot_loop(code)
     kinds = sorted({match[1] for _, _, t in code if (match := machine_code.MMA.match(t))})
     mma, operand, per_weight = "+".join(kinds), "none", None
+    pages = (
+        attention_code.facts(launch, loop, kernel.asm["ttgir"], triton.__version__) if "HOW" in launch.options else None
+    )
     if loop:
         threads = 32 * launch.options["num_warps"]
         steps = machine_code.steps(loop, launch.step, launch.options["BLOCK_M"], threads)
@@ -238,7 +208,7 @@ def measure(job: Job) -> Row:
         per_weight = round(len(loop) / (steps * launch.step[0] * launch.step[1] / threads), 2)
     return Row(
         job.op, describe(launch), job.arch, triton.__version__, usage["REG"], usage["STACK"], kernel.metadata.shared,
-        mma, operand, per_weight, machine_code.narrow_stores(code),
+        mma, operand, per_weight, machine_code.narrow_stores(code), pages,
     )  # fmt: skip
 
 
@@ -359,7 +329,9 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
         may = expected(row["op"], row["config"].split()[0]).narrow_stores
         if may is not None and row["narrow_stores"] > may:
             found.append(f"{where}: {row['narrow_stores']} stores of less than 16 bytes, expected at most {may}")
-        if not row["config"].startswith(("matmul", "attention")):
+        if row["loop"]:
+            found += [f"{where}: {fault}" for fault in attention_code.faults(row, arch)]
+        if not row["config"].startswith("matmul"):
             continue
         expect = expected(row["op"], row["config"].split()[0])
         mma, operand, ceilings = (expect.of(f, arch, row["triton"]) for f in ("mma", "weight_operand", "ceilings"))
@@ -379,7 +351,7 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """One table, a line per row; the name of the op is the beginning of its config."""
-    keys = [f for f in Row.__dataclass_fields__ if f not in ("op", "narrow_stores")]
+    keys = [f for f in Row.__dataclass_fields__ if f not in ("op", "narrow_stores", "loop")]
     heads = "| kernel | arch | Triton | registers | spilled | shared | MMA | weight from | instructions / weight |"
     lines = [heads, "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join("" if row[k] is None else str(row[k]) for k in keys) + " |" for row in rows]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...formats.kvcache import PAGE, pages_of
+from ...formats.kvcache import PAGE, SPECS, KVSpec, new_pages, pages_of
+from ..attention import flat_of
 from ..attention_cases import paged
 from ..inspection import Expect
 from ..shapes import Case, empty, generator
@@ -147,34 +148,64 @@ def inputs(case: AttentionCase, seed: int, device: str = "cpu") -> tuple[Any, ..
 
 
 def blank(case: AttentionCase) -> tuple[Any, ...]:
-    """The flat arguments of a case without data, as the Triton body takes them."""
+    """The flat arguments of a case without data, as the Triton body takes them; pages in the layout of new_pages."""
     per, batch = pages_of(case.keys, case.page), len(case.lengths)
-    pages = [empty(batch * per, case.kv_heads, case.page, case.k, dtype=case.dtype) for _ in range(2)]
-    q, table = empty(case.m, case.heads, case.k, dtype=case.dtype), empty(batch, per, dtype=torch.int32)
-    plain = (None, None, None, table, None, empty(batch, dtype=torch.int32), None, None)
-    sizes = (case.k**-0.5, case.tokens, case.keys, -1, 0.0, 8, case.deterministic, False)
-    return q, *pages, *plain, *sizes, "bf16", 0
+    count = batch * per
+    mu = empty(case.kv_heads, case.k) if case.mu else None
+    of = KVSpec.parse(case.spec or "bf16")
+    pages = new_pages(
+        count, case.kv_heads, case.k, dtype=case.dtype, device="meta", page=case.page, spec=of, mu=mu
+    )  # fmt: skip
+    q, lengths = empty(case.m, case.heads, case.k, dtype=case.dtype), empty(batch, dtype=torch.int32)
+    starts = empty(batch + 1, dtype=torch.int32)
+    table = empty(count, dtype=torch.int32) if case.csr else empty(batch, per, dtype=torch.int32)
+    flat = flat_of(
+        q, pages, table, lengths, case.keys, case.tokens, q_starts=starts if case.fresh else None,
+        table_starts=starts if case.csr else None, scale=None, window=case.window,
+        sinks=empty(case.heads) if case.sinks else None, softcap=case.softcap, q_bits=case.q_bits,
+        deterministic=case.deterministic, with_lse=False,
+    )  # fmt: skip
+    return *flat, case.splits
 
 
-def problems(expect: Expect) -> list[Case]:
-    """What inspection compiles of everything: models at every depth, then head sizes, pages, groups and many tokens."""
-    base = REAL[0]
-    more = [
-        replace(base, name=f"d{d}.p{p}.g{g}.n{n}", k=d, page=p, heads=8 * g, tokens=n, m=n, n=8 * g * d, lengths=(4096,))
-        for d, p, g, n in (
-            (64, 64, 4, 1), (80, 16, 5, 1), (96, 64, 4, 2), (256, 64, 2, 1), (256, 16, 8, 16), (128, 16, 7, 1),
-            (128, 32, 16, 7), (128, 128, 4, 16),
+def _compiled(spec: str, d: int = 128, p: int = 64, g: int = 4, n: int = 1, **more: Any) -> AttentionCase:
+    """A case that is compiled, not run: 8 sequences of 8192 keys, 8 key heads of g query heads."""
+    said = ".".join(k if v is True else f"{k}{v}" for k, v in more.items())
+    m, heads = 8 * n, 8 * g
+    case = AttentionCase(
+        f"{spec}.d{d}.p{p}.g{g}.n{n}.{said}", m, heads * d, d, spec, BF16, small=False, heads=heads, kv_heads=8, page=p,
+        tokens=n, lengths=(8192,) * 8,
+    )  # fmt: skip
+    return replace(case, **more)
+
+
+def problems(_: Expect) -> list[Case]:
+    """What inspection compiles of everything: tiles of 16, 32 and 64 rows, head sizes, pages, groups, options."""
+    tiles = [_compiled(spec, g=g, n=n) for spec in SPECS for g, n in ((4, 1), (8, 4), (8, 16))]
+    shapes = (
+        (80, 16, 5, 1), (256, 64, 2, 1), (128, 128, 4, 16), (64, 64, 4, 1), (64, 64, 8, 16), (96, 64, 4, 2), (256, 16, 8, 16),
+        (128, 16, 7, 1), (128, 32, 16, 2),
+    )  # fmt: skip
+    sizes = [_compiled(spec, *shape) for spec in ("int8", "int4") for shape in shapes]
+    sizes += [_compiled(spec, *shape) for spec in ("bf16", "k8v4") for shape in shapes[:3]]
+    options = [
+        _compiled(spec, n=2, **more)
+        for spec in ("bf16", "int8", "int4")
+        for more in (
+            {"window": 1024, "sinks": True}, {"softcap": 30.0, "mu": spec != "bf16"}, {"fresh": (2,) * 8, "csr": True},
+            {"deterministic": True},
         )
     ]  # fmt: skip
-    found = [*REAL, *more]
-    return [replace(c, name=f"{c.name}.{d}", dtype=d) for c in found for d in expect.dtypes]
+    unrounded = [_compiled(spec, q_bits=16) for spec in ("int8", "int4")]
+    others = [replace(tiles[0], name="fp16", dtype=FP16), replace(tiles[3], name="int8.fp16", dtype=FP16)]
+    return [*tiles, *sizes, *options, *unrounded, *others]
 
 
-EXPECT = Expect(
-    quick=tuple(c for c in REAL if c.name in ("qwen3-8b.attention.b1.s8192.n1", "qwen3-32b.attention.b8.s8192.n4")),
+EXPECT = Expect(  # of the merge; what the loops over pages must show stands in kernels/attention_code.py
+    quick=(*(_compiled(spec) for spec in ("bf16", "int8", "k8v4", "int4")), _compiled("int8", g=8, n=16)),
     specs=("",),
     dtypes=(BF16, FP16),
-    mma={"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA"},
-    weight_operand=dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), "registers + stores to shared memory"),
-    ceilings={arch: {16: (4.9,), 32: (6.2,)} for arch in ("sm_80", "sm_89", "sm_90", "sm_100")},
+    mma={},
+    weight_operand={},
+    ceilings={},
 )

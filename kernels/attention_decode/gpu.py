@@ -241,14 +241,16 @@ def warpgroups(card: Card) -> bool:
 def heuristic(shape: Shape, card: Card) -> Config:
     """A tile holds a group's tokens, 16, 32 or 64 rows; more take tiles side by side, so that keys read again lie in the L2.
 
-    64 rows only where warpgroups multiply: of mma.sync they would take all registers, and spill.
+    64 rows only where warpgroups multiply, and heads of at most 128; heads of more over small pages take 16: others would need
+    all registers, and spill.
     Stages as shared memory allows when two programs share an SM; a tile of K and V has stages - 1 buffers.
     """
     spec = parse_form(shape.form).spec
     rows, wide = shape.q_len * shape.heads // shape.kv_heads, triton.next_power_of_2(shape.size)
     whole = 4 if shape.dtype == torch.float32 else 2
     row = [wide * whole if bits == 16 else max(32, wide * bits // 8) for bits in (spec.k_bits, spec.v_bits)]
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 or not warpgroups(card) else 64
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 or wide > 128 or not warpgroups(card) else 64
+    block_m = 16 if wide > 128 and shape.page < contract.TILE else block_m
     block_n = 64 if max(row) <= 256 else 32
     buffers = (card.shared_bytes // 2 - block_m * wide * whole) // (block_n * (sum(row) + 8))
     stages = max(2, min(4, buffers + 1))
@@ -292,6 +294,10 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract
     flags = {"HOW": how, "Q_LEN": q_len, "GROUP": a.group, "FIXED": config.fixed, "MANY": many}
     flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FUSION}
+    if (
+        config.block_m > 16
+    ):  # left alone, ptxas spills some tiles where one register less makes room for another program
+        options["maxnreg"] = 255
     tiles = -(-q_len * a.group // config.block_m)
     grid = (a.batch * tiles, kv_heads, config.splits)
     step = (config.block_n, how.k_width * how.k_parts + how.v_width * how.v_parts)

@@ -41,6 +41,7 @@ FIELDS = [
     "weight_operand",
     "instructions_per_weight",
     "narrow_stores",
+    "loop",
 ]
 
 
