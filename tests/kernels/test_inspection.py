@@ -119,6 +119,7 @@ def good_row(**changes: Any) -> dict[str, Any]:
         "weight_operand": "registers",
         "instructions_per_weight": expect.ceilings["sm_90"][16][0],
         "narrow_stores": 4,
+        "loop": None,
     }
     return row | changes
 
