@@ -312,9 +312,10 @@ def _journal(path: Path, wish: dict[str, Any], width: int) -> Journal:
 
 
 def _is_entry(entry: dict[str, Any], width: int) -> bool:
-    numbers, sums = (entry.get("window"), entry.get("layer")), entry.get("kl")
-    known = all(type(n) is int for n in numbers) and isinstance(sums, list) and len(sums) == width
-    return known and all(isinstance(x, float) for x in sums)
+    sums = entry.get("kl")
+    if not isinstance(sums, list) or len(sums) != width or not all(isinstance(x, float) for x in sums):
+        return False
+    return all(type(entry.get(key)) is int for key in ("window", "layer"))
 
 
 def _best(spec: KVSpec, without: float, with_: float, size: int) -> Choice:
