@@ -7,8 +7,10 @@
     k_pages[page, h, row] = turn(norm(k[t, h]))     v_pages[page, h, row] = v[t, h]     slots[t] = page * P + row
     q_out[t, h]           = turn(norm(q[t, h]))
 
-All of it is fp32 and rounded once, to the type of the pages. A token whose slot is below 0 is written nowhere. Two tokens must
-not share a slot. Pages are formats/kvcache.py's.
+All of it is fp32 and rounded once: queries to their type, keys and values to what the pages hold. In quantised pages a row becomes
+int8 or 4-bit codes under a scale word of its own, keys after `mu` was taken from them: formats/kvcache.py has the formulas, and
+given the same fp32 row every body writes the same bytes. A row with NaN or Inf becomes zeros under a scale of NaN. A token whose
+slot is below 0 is written nowhere; what a page held before is never read. Two tokens must not share a slot.
 """
 
 from ..op import Op, cpu_body, reference_body, triton_body
