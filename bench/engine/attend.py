@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from ...formats.kvcache import KVPages
 from ...kernels.attention import rounded_q
 from ...kernels.attention_decode import attention_decode
+from ...kernels.attention_prefill import attention_prefill
 from ...kernels.gather_dequantize import gather_dequantize
 from ...kernels.kv_append import kv_append
+from ...kernels.op import Unsupported
 from .cache import Cache, Chunk
 from .config import Config
 from .rope import rotate, spread
@@ -96,22 +98,33 @@ def after(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, chunk: Chun
 
 def read_back(config: Config, cos_sin: torch.Tensor, chunk: Chunk, impl: str | None = None) -> Attend:
     """A packed chunk [1, N] joins the cache and attends to it alone: queries are rounded over quantised pages."""
+    lengths = [n + m for n, m in zip(chunk.before, chunk.counts, strict=True)]
+    most = {"max_q_len": max(chunk.counts), "max_kv_len": max(lengths)}
 
     def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
         pages = chunk.cache.pages[layer]
         q = _appended(qkv, b, config, cos_sin, pages, chunk.positions, chunk.slots, impl=impl)
-        seen = q.float()
-        if pages.spec.quantised:
-            codes, step = rounded_q(seen)
-            seen = codes * step
-        out = torch.empty_like(q)
-        lengths = [n + m for n, m in zip(chunk.before, chunk.counts, strict=True)]
-        held = _held(chunk, layer, lengths, config.head_dim, torch.float32, impl)
-        for mine, (keys, values) in zip(_sequences(chunk), held, strict=True):
-            out[mine] = _bottom_right(seen[mine], keys, values).to(q.dtype)
+        given = (q, pages, chunk.cache.table, chunk.ends, chunk.starts)
+        try:
+            out, _ = attention_prefill(*given, **most, deterministic=True, impl=impl)
+        except Unsupported:  # where attention over 16-bit rows is the faster way, rows are gathered
+            out = _gathered(q, chunk, layer, lengths, impl)
         return out.view(1, len(out), -1)
 
     return attend
+
+
+def _gathered(q: torch.Tensor, chunk: Chunk, layer: int, lengths: Sequence[int], impl: str | None) -> torch.Tensor:
+    """attention_prefill by torch: queries [N, H, D] over keys and values that are read back in fp32."""
+    seen = q.float()
+    if chunk.cache.pages[layer].spec.quantised:
+        codes, step = rounded_q(seen)
+        seen = codes * step
+    out = torch.empty_like(q)
+    held = _held(chunk, layer, lengths, q.shape[-1], torch.float32, impl)
+    for mine, (keys, values) in zip(_sequences(chunk), held, strict=True):
+        out[mine] = _bottom_right(seen[mine], keys, values).to(q.dtype)
+    return out
 
 
 def one(config: Config, cos_sin: torch.Tensor, cache: Cache, **how: Any) -> Attend:

@@ -10,12 +10,13 @@ import torch
 
 from percard.bench import engine as engine_module
 from percard.bench import quality
-from percard.bench.engine import load_config
+from percard.bench.engine import attend, load_config
 from percard.bench.engine.cache import Cache
 from percard.bench.engine.kv import Layers
 from percard.formats.kv_layers import KVLayers
 from percard.formats.kvcache import BF16, PAGE, SPECS, KVSpec
 from percard.formats.spec import FormatError
+from percard.kernels.op import Unsupported
 
 KINDS = ("llama", "qwen2", "qwen3", "qwen3-moe")
 QUANTISED = tuple(name for name in SPECS if name != "bf16")
@@ -66,6 +67,24 @@ def test_steps_equal_prompts_that_are_read_back(checkpoint, kind, kv):
     last = model.prefill(ids[:, 41:], cache, read_back=True)
     near(whole[:, -1], last, plain[:, -1])
     assert cache.lengths == [70, 70]
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
+def test_where_the_op_leaves_prompts_to_torch(checkpoint, kv, monkeypatch):
+    """What serves where attention over 16-bit rows is the faster way: rows are gathered, and torch attends."""
+    model = load(checkpoint("qwen2"), device="cpu", kv=kv)
+    ids, cache = ids_of(2, 70), model.new_cache(2, 70)
+    plain = model.with_kv(None).logits(ids)
+    want = model.prefill(ids, cache, [70, 33], read_back=True)
+
+    def refuse(*given: object, **more: object) -> None:
+        raise Unsupported("leaves it")
+
+    monkeypatch.setattr(attend, "attention_prefill", refuse)
+    monkeypatch.setattr(attend, "_ROWS", 32)  # in several parts
+    cache.rewind()
+    got = model.prefill(ids, cache, [70, 33], read_back=True)
+    near(want, got, plain[[0, 1], [69, 32]])
 
 
 @pytest.mark.parametrize("kv", SPECS)
