@@ -14,7 +14,9 @@ from ...kernels.attention import MOST
 from .config import Config
 
 CALIBRATED = "calibrated"  # what lies beside the checkpoint: percard_kv.json and percard_kv.safetensors
-NOT_FOUR = (0,)  # layers that keep bf16 under 4 bits when nothing was calibrated: the first one's keys round worst
+NOT_FOUR = (
+    0,
+)  # layers that keep bf16 under 4 bits when nothing was calibrated: the first one loses most (docs/cache.md)
 
 
 @dataclass(frozen=True, eq=False)
