@@ -37,8 +37,10 @@ def small(m: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, page
     """A small case; its name says all: `small.t3.q4.kv2.d64.p16.fp16.norm.turn`."""
     kind = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
     name = ".".join([f"small.t{m}.q{heads}.kv{kv_heads}.d{size}.p{page}.{kind}", *flags])
-    on = ("norm" in flags, "turn" in flags, "strided" in flags, "mu" in flags, *[f for f in flags if f in SPECS])
-    return AppendCase(name, m, (heads + 2 * kv_heads) * size, size, "", dtype, False, True, heads, kv_heads, page, *on)
+    norm, turn, strided, mu = (flag in flags for flag in ("norm", "turn", "strided", "mu"))
+    kv = next((flag for flag in flags if flag in SPECS), "bf16")
+    n = (heads + 2 * kv_heads) * size
+    return AppendCase(name, m, n, size, "", dtype, False, True, heads, kv_heads, page, norm, turn, strided, mu, kv)
 
 
 SMALL = (
