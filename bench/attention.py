@@ -86,8 +86,8 @@ def cell(
         yield {"status": "refused", "error": {"type": "Unsupported", "message": str(error), "stage": "pick"}}
         return
     if body != "reference" and (faults := gate(p, where, body, seed)):
-        error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
-        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
+        told = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
+        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": told}
         return
     with torch.inference_mode():
         yield _time(rows, pages, table, body, rounds, roof or {})
@@ -174,16 +174,17 @@ def _row(
     for name, sample in seen.times.items():
         if name != "percard":
             gain = clock.ratio(sample, ours)
-            us = {"median": sample.median * 1e6, "lo": sample.lo * 1e6, "hi": sample.hi * 1e6}
+            taken = {"median": sample.median * 1e6, "lo": sample.lo * 1e6, "hi": sample.hi * 1e6}
             eager = {"eager": seen.eager[name] * 1e6} if name in seen.eager else {}
             against.append(
-                {"impl": name, "status": "ok", **us, "ratio": gain.median, "ci95": [gain.lo, gain.hi]} | eager
+                {"impl": name, "status": "ok", **taken, "ratio": gain.median, "ci95": [gain.lo, gain.hi]} | eager
             )
     against.sort(key=lambda rival: rival.get("median") or math.inf)
     per_token = pages.nbytes / (pages.k.shape[0] * pages.page)
     needed = work(p, per_token)
     latency = {"median": ours.median, "lo": ours.lo, "hi": ours.hi, "iqr": ours.iqr}
-    us = {name: value * 1e6 for name, value in latency.items()} | {"samples": [t * 1e6 for t in ours.samples]}
+    us: dict[str, Any] = {name: value * 1e6 for name, value in latency.items()}
+    us["samples"] = [t * 1e6 for t in ours.samples]
     if "percard" in seen.eager:
         us["eager"] = seen.eager["percard"] * 1e6
     watched = dict(seen.board)
@@ -247,9 +248,8 @@ def plan(
 def for_slot(on_card: bool) -> list[Problem]:
     """What a slot times, by worth: on a card at Qwen3-8B's heads up to 128k tokens, on a CPU enough to try the run."""
     heads = [MODELS["qwen3-8b"]] if on_card else [(4, 2, 32)]
-    contexts, batches, specs = ((32768, 131072, 8192), (1, 8), ("int8", "bf16", "k8v4", "int4"))
-    if not on_card:
-        contexts, batches, specs = (130,), (1,), ("int8", "bf16")
+    contexts, batches = ([32768, 131072, 8192], [1, 8]) if on_card else ([130], [1])
+    specs = ["int8", "bf16", "k8v4", "int4"][: None if on_card else 2]
     found = plan([o for o in OPERATIONS[:1] if o in ops.OPS], specs, contexts, batches[:1], heads)
     found += plan([o for o in OPERATIONS[1:] if o in ops.OPS], specs, contexts[:1], batches[:1], heads)
     found += plan(OPERATIONS[:1], specs, contexts[:1], batches[1:], heads)

@@ -199,7 +199,9 @@ def _card_rivals(rows: Rows) -> tuple[dict[str, Callable[[], Calls]], list[dict[
     """torch's kernels by backend, and what is installed beside it."""
     kinds = torch.nn.attention.SDPBackend
     backends = {"flash": kinds.FLASH_ATTENTION, "cudnn": kinds.CUDNN_ATTENTION, "efficient": kinds.EFFICIENT_ATTENTION}
-    found = {f"torch {name}": functools.partial(_sdpa, rows, DTYPE, kind) for name, kind in backends.items()}
+    found: dict[str, Callable[[], Calls]] = {
+        f"torch {name}": functools.partial(_sdpa, rows, DTYPE, kind) for name, kind in backends.items()
+    }
     absent = []
     for name, module, make in (("FlashAttention", "flash_attn", _flash), ("FlashInfer", "flashinfer", _flashinfer)):
         if importlib.util.find_spec(module) is None:
@@ -227,7 +229,8 @@ def _flashinfer(rows: Rows) -> Calls:
     starts = torch.arange(p.batch + 1, dtype=torch.int32, device=where)
     last = torch.full((p.batch,), p.context - (per - 1) * kvcache.PAGE, dtype=torch.int32, device=where)
     kind = (p.heads, p.kv_heads, p.size, kvcache.PAGE)
-    unquantised, calls = Rows(replace(p, kv="bf16"), where, 0), []
+    unquantised = Rows(replace(p, kv="bf16"), where, 0)
+    calls: Calls = []
     for _ in range(copies_of(p.batch * p.context * p.kv_heads * p.size * 4, where)):
         pages, table = unquantised.pool()
         if p.tokens == 1:

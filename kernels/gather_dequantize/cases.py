@@ -163,16 +163,17 @@ def blank(case: GatherCase) -> tuple[Any, ...]:
 
 
 def problems(expect: Expect) -> list[Case]:
-    """What inspection compiles of everything: forms, head sizes and pages, with mu and without, in each type."""
+    """What inspection compiles of everything: forms with mu and without in each type, then head sizes and pages."""
     base = next(c for c in REAL if c.name.startswith("qwen3-8b"))
-    found = [
+    sizes = ((64, 16), (80, 16), (96, 64), (256, 64))
+    kinds = [(128, 64, mu, dtype) for mu in (False, True) for dtype in expect.dtypes]
+    kinds += [(d, p, True, expect.dtypes[0]) for d, p in sizes]
+    return [
         replace(base, name=f"{kv}.d{d}.p{p}.{'mu' if mu else 'plain'}.{dtype}", kv=kv, k=d, page=p, mu=mu, dtype=dtype)
-        for kv in ("bf16", "int8", "k8v4", "int4", "int4-sym")
-        for d, p in ((128, 64), (64, 16), (80, 16), (96, 64), (256, 64))
-        for mu in ((False, True) if kv != "bf16" else (False,))
-        for dtype in expect.dtypes
+        for kv in ("bf16", "int8", "int4", "int4-sym")
+        for d, p, mu, dtype in kinds
+        if kv != "bf16" or not mu
     ]
-    return [*found]
 
 
 EXPECT = Expect(

@@ -6,8 +6,12 @@ The interpreter computes on the bits of bf16, so bf16 is left to the card.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,6 +275,55 @@ def test_bytes_are_those_that_lie_there() -> None:
         flat = cases.blank(replace(case, kv=kv))
         assert gather_dequantize.contract.cost(*flat).bytes == 2048 * 8 * (held + 512)
         assert KVSpec.parse(kv).bytes_per_token(128, 8) == 8 * held
+
+
+WIDTHS = """
+import collections, json, re, sys
+from percard.kernels import inspection
+from percard.kernels.gather_dequantize import cases
+problems = cases.problems(cases.EXPECT) if sys.argv[1] == "all" else cases.EXPECT.quick
+for arch in inspection.ARCHS:
+    planned = [launch for case in problems for launch in inspection.plan("gather_dequantize", case, arch)]
+    for launch in {inspection.key(launch): launch for launch in planned}.values():
+        refused = inspection.refuses(inspection.ARCHS[arch], [launch], arch)
+        made = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        text = inspection._disassembled(made.asm["cubin"], "-sass")
+        widths = collections.Counter(re.findall(r"\\b(?:LDG|STG)\\.E[.\\w]*", text))
+        print(json.dumps([arch, inspection.describe(launch), refused, widths]), flush=True)
+"""
+
+
+def sixteen_bytes(which: str, triton: Path | None = None) -> None:
+    """Rows are read and written 16 bytes at a time: what is narrower are table, lengths and scale words. Nothing spills."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([*([str(triton)] if triton else []), *(p for p in sys.path if p)])
+    done = subprocess.run([sys.executable, "-c", WIDTHS, which], env=env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row[0] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100"}
+    for arch, kernel, refused, widths in rows:
+        assert refused is None, f"{kernel} on {arch}: {refused}"
+        if " d80 " in kernel and " bits4 " in kernel:
+            continue  # halves of 40 bytes
+        stores = {name.split(".")[-1] for name in widths if name.startswith("STG")}
+        loads = {name for name in widths if name.startswith("LDG") and not name.endswith(".128")}
+        assert stores == {"128"} and any(name.endswith(".128") for name in widths if name.startswith("LDG")), kernel
+        narrow = ("U8", "S8") if " mu " in kernel else ("U8", "S8", ".64")  # mu itself may come 8 bytes a thread
+        assert not any(kind in name for name in loads for kind in narrow), f"{kernel} on {arch}: {widths}"
+
+
+@pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="compiles, outside the interpreter"
+)
+def test_rows_come_and_go_16_bytes_at_a_time() -> None:
+    sixteen_bytes("quick")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(INTERPRETED, reason="compiles, outside the interpreter")
+def test_rows_come_and_go_16_bytes_at_a_time_in_every_form(oldest_triton: Path) -> None:
+    sixteen_bytes("all")
+    sixteen_bytes("all", oldest_triton)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
