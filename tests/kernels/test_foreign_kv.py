@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from percard.formats import foreign_kv, kvcache
 from percard.formats.kvcache import KVPages
 from percard.formats.spec import FormatError
+from percard.kernels.attention_decode import attention_decode
+from percard.kernels.conformance import faults
 from percard.kernels.gather_dequantize import gather_dequantize
 
 from .conftest import only
@@ -195,6 +198,32 @@ def test_gather_reads_it(body: Any, engine: str, seed: int) -> None:
         assert torch.allclose(got.cpu(), want, rtol=cache.close, atol=0.0)
 
 
+@only("attention_decode")
+@pytest.mark.parametrize("engine", CACHES)
+def test_decode_reads_it(body: Any, engine: str, seed: int) -> None:
+    """The body is in tolerance of the reference, and the reference is attention over what the engine's cache means."""
+    cache = CACHES[engine](seed)
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randn(len(LENGTHS), 2 * HEADS, SIZE, generator=random).half()
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    given = [on(t, body.where) for t in (q, cache.table, lengths, cache.table_starts)]
+    pages = moved(cache.pages, body.where)
+    args = (given[0], pages, given[1], given[2], max(LENGTHS), 1, None, False, True, None, -1, None, 0.0, 0)
+    assert faults(body.op, body.name, (*args, 8, given[3])) == []
+    out, lse = attention_decode(*args, 16, given[3], impl="reference")
+    first = 0
+    for b, length in enumerate(LENGTHS):
+        k, v = (part[first : first + length].transpose(0, 1) for part in (cache.keys, cache.values))  # [Hkv, S, D]
+        first += length
+        if not length:
+            assert (out[b] == 0).all() and (lse[b] == -torch.inf).all()
+            continue
+        want = F.scaled_dot_product_attention(q[b].float().view(HEADS, 2, SIZE), k, v)
+        assert torch.allclose(
+            out[b].float().cpu().view(HEADS, 2, SIZE), want, rtol=2e-3, atol=2e-3 * float(v.abs().max())
+        )
+
+
 def test_rows_that_do_not_lie_16_bytes_apart_are_said() -> None:
     for engine, aligned in (
         ("vllm-int8", False),
@@ -260,4 +289,4 @@ def test_in_the_interpreter(run_interpreted: Callable[..., str]) -> None:
     """This file again with Triton's bodies."""
     said = run_interpreted(Path(__file__), "-k", "triton")
     passed = re.search(r"(\d+) passed", said)
-    assert passed and int(passed[1]) >= len(CACHES), said[-500:]
+    assert passed and int(passed[1]) >= 2 * len(CACHES), said[-500:]
