@@ -32,9 +32,11 @@ struct Run {
     int64_t page, row, count;
 };
 
+// The first `count` of 16 bytes; those behind them may belong to nobody.
 PERCARD_INLINE I32 load_u8(const uint8_t* p, int64_t count) {
+    if (count >= 16) return bit_and(load_i8(reinterpret_cast<const int8_t*>(p)), set_i32(255));
     int8_t bytes[16] = {};
-    std::memcpy(bytes, p, min_of(count, 16));
+    for (int64_t i = 0; i < count; ++i) bytes[i] = static_cast<int8_t>(p[i]);
     return bit_and(load_i8(bytes), set_i32(255));
 }
 
@@ -59,29 +61,27 @@ PERCARD_INLINE Word word_at(const GatherDequantize& a, const Part& part, int64_t
             a.pages.zeros == kZero};
 }
 
-template <int kDtype>
+// Bytes j .. j + count - 1 of a 4-bit row; kWhole: 16 of them.
+template <int kDtype, bool kWhole>
 PERCARD_INLINE void nibbles(const GatherDequantize& a, const Part& part, const Word& word, const uint8_t* row,
-                            const float* mu, int64_t to) {
-    const int64_t half = a.pages.size / 2;
-    for (int64_t j = 0; j < half; j += 16) {
-        const int64_t count = min_of(half - j, 16);
-        const I32 bytes = load_u8(row + j, count);
-        const F32 low = word.of(to_f32(bit_and(bytes, set_i32(15)))), high = word.of(to_f32(shift_right<4>(bytes)));
-        if (a.pages.nibbles == 0) {
-            store_part(part.out, to + j, kDtype, plus_mu(low, mu, j, count), count);
-            store_part(part.out, to + half + j, kDtype, plus_mu(high, mu, half + j, count), count);
-            continue;
-        }
-        float even[16], odd[16], both[32];
-        store_f32(even, low);
-        store_f32(odd, high);
-        for (int i = 0; i < 16; ++i) {
-            both[2 * i] = even[i];
-            both[2 * i + 1] = odd[i];
-        }
-        for (int64_t d = 0; d < 2 * count; d += 16)
-            store_as(part.out, to + 2 * j + d, kDtype, plus_mu(load_f32(both + d), mu, 2 * j + d, 16));
+                            const float* mu, int64_t to, int64_t j, int64_t left) {
+    const int64_t half = a.pages.size / 2, count = kWhole ? 16 : left;
+    const I32 bytes = load_u8(row + j, count);
+    const F32 low = word.of(to_f32(bit_and(bytes, set_i32(15)))), high = word.of(to_f32(shift_right<4>(bytes)));
+    if (a.pages.nibbles == 0) {
+        store_part(part.out, to + j, kDtype, plus_mu(low, mu, j, count), count);
+        store_part(part.out, to + half + j, kDtype, plus_mu(high, mu, half + j, count), count);
+        return;
     }
+    float even[16], odd[16], both[32];
+    store_f32(even, low);
+    store_f32(odd, high);
+    for (int i = 0; i < 16; ++i) {
+        both[2 * i] = even[i];
+        both[2 * i + 1] = odd[i];
+    }
+    for (int64_t d = 0; d < 2 * count; d += 16)
+        store_as(part.out, to + 2 * j + d, kDtype, plus_mu(load_f32(both + d), mu, 2 * j + d, 16));
 }
 
 PERCARD_INLINE void ask_for(const void* from, int64_t bytes) {
@@ -119,7 +119,11 @@ void tokens(const GatherDequantize& a, const Part& part, const Run& run, const R
                     store_as(part.out, to + d, kDtype, plus_mu(x, mu, d, 16));
                 }
             } else {
-                nibbles<kDtype>(a, part, word_at(a, part, word), reinterpret_cast<const uint8_t*>(row), mu, to);
+                const auto* from = reinterpret_cast<const uint8_t*>(row);
+                const Word words = word_at(a, part, word);
+                int64_t j = 0;
+                for (; j + 16 <= a.pages.size / 2; j += 16) nibbles<kDtype, true>(a, part, words, from, mu, to, j, 16);
+                if (j < a.pages.size / 2) nibbles<kDtype, false>(a, part, words, from, mu, to, j, a.pages.size / 2 - j);
             }
         }
     }
