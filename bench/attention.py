@@ -263,6 +263,10 @@ def slot_cells(device: str, seed: int, roof: Mapping[str, float]) -> list[Cell]:
         code = {"op_source_hash": ops.source_hash(p.op)}
         identity = {"task": "attention", **vars(p), "rounds": rounds, **code}
         arguments = {**vars(p), "device": device, "rounds": rounds, "seed": seed, "roof": roof}
+        if p.op == "attention_prefill" and device == "cuda":
+            arguments["impl"] = (
+                "triton"  # where it leaves calls to the engine's own attention, it is measured all the same
+            )
         row = {**p.sections(), "code": code}
         cells.append(Cell(p.name, f"{__name__}:cell", arguments, 3.0, identity, row, kind="attention"))
     return cells

@@ -27,6 +27,8 @@ from ..formats.tensor import QuantTensor
 from ..kernels import conformance
 from ..kernels.attention_decode import attention_decode
 from ..kernels.attention_decode import cases as attention_decode_cases
+from ..kernels.attention_prefill import attention_prefill
+from ..kernels.attention_prefill import cases as attention_prefill_cases
 from ..kernels.gather_dequantize import cases as gather_dequantize_cases
 from ..kernels.gather_dequantize import gather_dequantize
 from ..kernels.kv_append import cases as kv_append_cases
@@ -68,6 +70,7 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
         (moe_matmul, moe_cases),
         (kv_append, kv_append_cases),
         (attention_decode, attention_decode_cases),
+        (attention_prefill, attention_prefill_cases),
         (gather_dequantize, gather_dequantize_cases),
     )
 }

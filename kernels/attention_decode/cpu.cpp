@@ -125,15 +125,15 @@ struct Codes {
     PERCARD_INLINE_MEMBER void read_words(const void* words, const int64_t* at, int64_t count, int64_t step, bool coded,
                                           float* scale, float* offset) const {
         const bool two = coded && !p.symmetric && p.zeros != 2;
-        if (p.words == kFloat16) {
+        if (p.words != kFloat32) {
             uint16_t s[kTile] = {}, o[kTile] = {};
             const auto* from = static_cast<const uint16_t*>(words);
             for (int64_t t = 0; t < count; ++t) s[t] = from[at[t]];
             if (two)
                 for (int64_t t = 0; t < count; ++t) o[t] = from[at[t] + step];
             for (int64_t t = 0; t < kTile; t += 16) {
-                store_f32(scale + t, load_as_f32(s, t, kFloat16));
-                store_f32(offset + t, load_as_f32(o, t, kFloat16));
+                store_f32(scale + t, load_as_f32(s, t, p.words));
+                store_f32(offset + t, load_as_f32(o, t, p.words));
             }
         } else {
             const auto* from = static_cast<const char*>(words);

@@ -102,14 +102,11 @@ def test_the_folded_rival_is_attention(tokens: int) -> None:
     ("op", "kv"),
     [
         ("attention_decode", "bf16"), ("attention_decode", "int8"), ("gather_dequantize", "bf16"),
-        ("gather_dequantize", "int4"), ("kv_append", "bf16"),
+        ("gather_dequantize", "int4"), ("kv_append", "bf16"), ("kv_append", "int8"), ("attention_prefill", "int8"),
     ],
 )  # fmt: skip
 def test_a_row_says_everything(op: str, kv: str) -> None:
-    row = row_of(problem(op, kv))
-    if row.get("status") == "refused":
-        assert "impl='reference'" in row["error"]["message"]
-        return
+    row = row_of(problem(op, kv, tokens=5 if op == "attention_prefill" else 1))
     assert row["body"]["impl"] == "cpu" and row["quality"]["gate"] == "synthetic"
     assert {r["status"] for r in row["against"]} == {"ok"}
     assert all(r["ratio"] > 0 and r["ci95"][0] <= r["ratio"] <= r["ci95"][1] for r in row["against"])
@@ -119,6 +116,11 @@ def test_a_row_says_everything(op: str, kv: str) -> None:
     if op == "attention_decode":
         assert row["quality"]["reasons"][1].startswith("rel L1 0.0")
         assert {r["impl"] for r in row["against"]} == {"torch bfloat16", "torch float32"}
+
+
+def test_a_body_that_refuses_is_a_row_with_its_reason() -> None:
+    row = row_of(problem("gather_dequantize"), impl="triton")
+    assert row["status"] == "refused" and "needs a CUDA card" in row["error"]["message"] and "latency_us" not in row
 
 
 def test_rounded_caches_are_told_apart_from_the_unquantised() -> None:
