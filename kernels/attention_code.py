@@ -26,10 +26,8 @@ BUDGET: dict[str, dict[str, dict[int, int]]] = {}
 
 
 def tile_bytes(how: Any, keys: int) -> int:
-    """Bytes of a tile of K and one of V as they are copied: rows filled up to a power of two."""
-    wide = 4 if how.fp32 else 2
-    k = how.k_width * (wide if how.k_bits == 16 else 1)
-    return keys * (k + how.v_columns * (how.v_unit or wide))
+    """Bytes of a tile of K and one of V as they are copied: rows filled up to a power of two; pages of 16 bits, not fp32."""
+    return keys * (how.k_width * how.wide[0] + how.v_columns * how.wide[1])
 
 
 def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tuple[int, int, int]]:
@@ -43,7 +41,7 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
     wide = count(r"LDGSTS\S*\.128")
     # Triton's tiles of keys that have several buffers: memdesc<3x64x128xi8, ..., mutable>
     held = [int(n) for n in re.findall(rf"local_alloc\s*: \(\) -> !ttg\.memdesc<(\d+)x{keys}x\d+x", ttgir)]
-    copied = tile_bytes(how, keys) // (16 * threads)
+    copied = tile_bytes(how, keys) // (16 * threads) if how.whole_copies else 0
     rounded = MANY if how.rounds_q else 0
     ids = 1 if how.page >= keys else keys
     plain = how.size == 128 and how.page >= keys
@@ -51,7 +49,11 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
     return {
         "int8 products": (count(r"(IMMA|IGMMA|UTCIMMA)\b"), min(1, rounded), rounded),
         "copies of 16 bytes": (wide, copied, copied),
-        "copies of words": (count("LDGSTS") - wide, min(1, how.word), min(max(4, rows // 4), how.word)),
+        "copies of words": (
+            count("LDGSTS") - wide,
+            min(1, how.word),
+            min(max(4, rows // 4), how.word) if copied else MANY,
+        ),
         "loads": (count(r"LDG\."), 0, ids),
         "loads of small numbers": (count(r"LDG\.\S*[US](8|16)"), 0, 0),
         "bytes of shared memory": (count(r"LDS\.[US]8"), 0, 0),

@@ -58,6 +58,16 @@ class Reading:
         return " ".join([spec, f"d{self.size}", f"p{self.page}", *more.split(), *flags])
 
     @property
+    def wide(self) -> tuple[int, int]:
+        """Bytes of a number of K and of V as they are loaded; 16-bit pages count as such, fp32 ones too."""
+        return (2 if self.k_bits == 16 else 1), (self.v_unit or 2)
+
+    @property
+    def whole_copies(self) -> bool:
+        """Whether pages can be copied 16 bytes at a time."""
+        return self.k_line * self.wide[0] >= LINE and self.v_line * self.wide[1] >= LINE
+
+    @property
     def k_parts(self) -> int:
         """Products that a score is the sum of: one of low and one of high nibbles."""
         return 2 if self.k_bits == 4 else 1
@@ -99,9 +109,12 @@ def reading(a: Attention, block_m: int, warpgroups: bool, asm: bool | None = Non
     word = 0
     if spec.quantised and packed_words(a) is not None:
         word = 16 * spec.channels
-    lines = [LINE // t.element_size() if _lines(t, LINE) else 1 for t in (a.k_pages, a.v_pages)]
-    if unit == 2:
-        lines[1] = max(1, lines[1] // 2)
+    # What strides and places divide by; an asynchronous copy takes 4, 8 or 16 bytes.
+    widths = [next(n for n in (LINE, 8, 4, 2, 1) if _lines(t, n)) for t in (a.k_pages, a.v_pages)]
+    lines = [
+        max(1, n // size)
+        for n, size in zip(widths, (a.k_pages.element_size(), max(unit, a.v_pages.element_size())), strict=True)
+    ]
     how = Reading(
         spec.k_bits, spec.v_bits, size, a.k_pages.shape[2], spec.symmetric, form.nibbles == "pairs", form.zeros, word, unit,
         parts, *lines, 0, 0, a.rounds_q, not INTERPRETED if asm is None else asm, INTERPRETED,
@@ -130,7 +143,11 @@ def packed_words(a: Attention) -> torch.Tensor | None:
 
 
 def sides(a: Attention, how: Reading) -> tuple[tuple, tuple, tuple, tuple]:
-    """(k pointers, v pointers, k strides, v strides): pages and words; (page, head, row) of pages, then of words and channels."""
+    """(k pointers, v pointers, k strides, v strides): of pages and words.
+
+    Strides: (page, head, row) of pages in lines, (page, head, row, channel) of words, and how many lines behind its pointer a
+    plane begins: one that begins where 16 bytes do not is seen from the start of its memory, or nothing would be known of it.
+    """
     v_pages = a.v_pages
     if how.v_unit == 2:
         v_pages = v_pages[..., : v_pages.shape[3] // 2 * 2].view(torch.int16)
@@ -138,7 +155,12 @@ def sides(a: Attention, how: Reading) -> tuple[tuple, tuple, tuple, tuple]:
     pointers, strides = [], []
     for pages, line, apart in ((a.k_pages, how.k_line, a.k_scales), (v_pages, how.v_line, a.v_scales)):
         held = apart if words is None else words
-        pointers.append((pages, held))
+        begin = 0
+        if pages.storage_offset() * pages.element_size() % LINE:
+            begin, lead = pages.storage_offset() // line, pages.as_strided((1,), (1,), 0)
+        else:
+            lead = pages
+        pointers.append((lead, held))
         of_words = (0, 0, 0, 0) if held is None else held.stride()
-        strides.append((*(step // line for step in pages.stride()[:3]), *of_words))
+        strides.append((*(step // line for step in pages.stride()[:3]), *of_words, begin))
     return pointers[0], pointers[1], strides[0], strides[1]

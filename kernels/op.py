@@ -18,6 +18,7 @@ A contract module has, all on the flat arguments of its torch schema, whose firs
     native(out, ...) the integers and floats of the C++ function, pointers first
     tolerance(want, ...) how far, element by element, a body may be from the reference's answer `want`
     <body>_takes(...) None, or "reason; remedy": what that body does not serve of what `check` lets through
+    <body>_remark(...) None, or what `explain` says of a call that it serves; need not be there
 """
 
 from __future__ import annotations
@@ -312,6 +313,8 @@ class Op:
                 word = f"only when asked for (impl={body.name!r}): {reason}"
             else:
                 word, served = ("stands by" if served else "serves"), True
+            if reason is None and (said := getattr(self.contract, f"{body.name}_remark", lambda *_: None)(*flat)):
+                word += f"; {said}"
             lines.append(f"{self.name:16} {body.name:10} {word}")
         return "\n".join(lines)
 

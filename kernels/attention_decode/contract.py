@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...formats.kvcache import KVPages
+from ...formats.kvcache import KVPages, unaligned
 from .. import attention
 from ..attention import Attention, Outputs
 from ..op import Cost, Unsupported, pointer
@@ -105,6 +105,12 @@ def tolerance(want: Outputs, *flat: Any) -> Outputs:
 def triton_takes(*flat: Any) -> str | None:
     scale = Attention(*flat[:-1]).scale
     return None if scale > 0 else f"takes scales above 0, this one is {scale}; use impl='reference'"
+
+
+def triton_remark(*flat: Any) -> str | None:
+    """What `explain` says of pages of another engine that are read in place."""
+    a = Attention(*flat[:-1])
+    return unaligned(a.k_pages, a.v_pages)
 
 
 def cpu_takes(*flat: Any) -> str | None:

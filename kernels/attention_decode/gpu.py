@@ -53,7 +53,7 @@ def attention_decode_kernel(
     """o = softmax(scale * q k^T) v over one split of one sequence, for the heads that share a key head.
 
     q [T, HQ, D] with strides (token, head). k_ptrs, v_ptrs: pages and their scale words (or None), as attention_tiles.Reading HOW
-    says; stride_k, stride_v: (page, head, row) of pages in lines, (page, head, row, channel) of words. mu fp32 [HQ / GROUP, D] or
+    says; stride_k, stride_v: attention_reading.sides. mu fp32 [HQ / GROUP, D] or
     None. table_ptrs: table int32 with rows stride_tb apart, or its pieces and their starts int32 [B + 1]. lengths int32 [B];
     q_starts int32 [B + 1], or None: Q_LEN tokens of each. sinks fp32 [HQ] or None. softcap, window: None, or a number.
     o fp32 [SPLITS, ROWS = T * HQ, D] and lse fp32 [SPLITS, ROWS] in base 2; not MANY: o is the result, in its type, lse natural.
@@ -113,8 +113,9 @@ def attention_decode_kernel(
         l += tl.where(split == 0, 1.0, 0.0)  # noqa: E741
 
     h64 = h.to(tl.int64)
-    k_rows = k_ptrs[0] + h64 * stride_k[1] * HOW.k_line + rows_of(stride_k[2], HOW.k_line, HOW, BLOCK_N)[:, None]
-    v_rows = v_ptrs[0] + h64 * stride_v[1] * HOW.v_line + rows_of(stride_v[2], HOW.v_line, HOW, BLOCK_N)[:, None]
+    k_head, v_head = (h64 * stride_k[1] + stride_k[7]) * HOW.k_line, (h64 * stride_v[1] + stride_v[7]) * HOW.v_line
+    k_rows = k_ptrs[0] + k_head + rows_of(stride_k[2], HOW.k_line, HOW, BLOCK_N)[:, None]
+    v_rows = v_ptrs[0] + v_head + rows_of(stride_v[2], HOW.v_line, HOW, BLOCK_N)[:, None]
     places = (k_rows + tl.arange(0, HOW.k_width)[None, :], v_rows + tl.arange(0, HOW.v_columns)[None, :])
     if HOW.k_bits != 16:
         k_words = k_ptrs[1] + h64 * stride_k[4] + rows_of(stride_k[5], 1, HOW, BLOCK_N)
@@ -276,14 +277,18 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract
     batch = 1 if a.deterministic else a.batch
     shape = Shape(batch, q_len, heads, kv_heads, size, page, span, a.deterministic, a.q.dtype, a.form)
     config = config or config_for(shape, card)
-    if wanted and not config.fixed:
-        config = replace(config, splits=wanted)
+    count = -(-span // config.fixed) if config.fixed else wanted or config.splits
+    config = replace(config, splits=count)
     many = config.splits > 1
     full_lse = lse if a.with_lse else a.q.new_empty((tokens, heads), dtype=torch.float32)
     o, part = out, full_lse
     if many:
         o = a.q.new_empty((config.splits, rows, size), dtype=torch.float32)
         part = a.q.new_empty((config.splits, rows), dtype=torch.float32)
+    if a.q_starts is not None:  # a captured call has tokens of no sequence: zeros, which nobody else writes
+        part.fill_(float("-inf"))
+        if not many:
+            out.zero_()
     how = reading(a, config.block_m, warpgroups(card) and config.block_m >= 64)
     k, v, stride_k, stride_v = sides(a, how)
     window, softcap = (a.window if a.window > 0 else None), (a.softcap if a.softcap else None)
