@@ -121,14 +121,29 @@ def by_layer(
     reference = _rest(model, 0, x, add, attend)
     tell(config.layers, "the cache as it is")
     for layer in range(config.layers):
-        found = []
+        ours = []
         for held in candidates[layer]:
             changed = [*plain[:layer], held, *plain[layer + 1 :]]
-            ours = _rest(model, layer, x, add, _attend(model, mixing(changed, config.dtype), len(piece)))
-            found.append(sum(kl for kl, *_ in _scores(model, reference, ours, piece)))
+            ours.append(_rest(model, layer, x, add, _attend(model, mixing(changed, config.dtype), len(piece))))
             tell(config.layers - layer, f"layer {layer} in {held.spec}{'' if held.mu is None else ' with its offset'}")
-        yield found
+        yield _kls(model, reference, ours)
         x, add = _block(model, layer, x, add, attend)
+
+
+def _kls(model: Model, reference: torch.Tensor, ours: Sequence[torch.Tensor]) -> list[float]:
+    """KL(reference || each of ours), summed over positions; the reference's logits are made once for all."""
+    sums = [0.0] * len(ours)
+    for start in range(0, len(reference) if ours else 0, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        p = model.head_logits(reference[part]).log_softmax(-1)
+        for i, hidden in enumerate(ours):
+            sums[i] += _kl(p, model.head_logits(hidden[part]).log_softmax(-1))
+    return sums
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q) of log-probabilities [n, V], summed in double."""
+    return float((p.exp() * (p - q)).sum(-1).double().sum())
 
 
 class Judge:
@@ -173,6 +188,5 @@ def _scores(
     for start in range(0, len(targets), _CHUNK):
         part = slice(start, start + _CHUNK)
         p, q = (model.head_logits(h[part]).log_softmax(-1) for h in (reference, ours))
-        kl = float((p.exp() * (p - q)).sum(-1).double().sum())
         nll, nll_reference = (-float(x.gather(1, targets[part, None]).double().sum()) for x in (q, p))
-        yield kl, nll, nll_reference, int((p.argmax(-1) == q.argmax(-1)).sum()), len(p)
+        yield _kl(p, q), nll, nll_reference, int((p.argmax(-1) == q.argmax(-1)).sum()), len(p)
