@@ -96,7 +96,7 @@ def attention_prefill_kernel(
     """o = softmax(scale * q k^T) v for a tile of rows of one sequence: tokens x the heads that share a key head.
 
     q [T, HQ, D] with strides (token, head). k_ptrs, v_ptrs: pages and their scale words (or None), as attention_reading.Reading HOW
-    says; stride_k, stride_v: (page, head, row) of pages in lines, (page, head, row, channel) of words. GIVEN: given_ptrs are v
+    says; stride_k, stride_v: attention_reading.sides. GIVEN: given_ptrs are v
     [sum S, HQ / GROUP, D] and v_starts int32 [B + 1], and stride_v[1], stride_v[2] are its head and token. mu fp32 [HQ / GROUP, D]
     or None. table_ptrs: table int32 with rows stride_tb apart, or its pieces and their starts int32 [B + 1]. lengths int32 [B];
     q_starts int32 [B + 1], or None: Q_LEN tokens of each. sinks fp32 [HQ] or None. softcap, window: None, or a number.
@@ -149,12 +149,14 @@ def attention_prefill_kernel(
         l += 1.0  # noqa: E741
 
     h64 = h.to(tl.int64)
-    k_rows = k_ptrs[0] + h64 * stride_k[1] * HOW.k_line + rows_of(stride_k[2], HOW.k_line, HOW, BLOCK_N)[:, None]
+    k_head = (h64 * stride_k[1] + stride_k[7]) * HOW.k_line
+    k_rows = k_ptrs[0] + k_head + rows_of(stride_k[2], HOW.k_line, HOW, BLOCK_N)[:, None]
     if GIVEN:
         v_head = given_ptrs[0] + h64 * stride_v[1] + tl.load(given_ptrs[1] + b).to(tl.int64) * stride_v[2]
         v_rows = v_head + tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_v[2]
     else:
-        v_rows = v_ptrs[0] + h64 * stride_v[1] * HOW.v_line + rows_of(stride_v[2], HOW.v_line, HOW, BLOCK_N)[:, None]
+        v_first = (h64 * stride_v[1] + stride_v[7]) * HOW.v_line
+        v_rows = v_ptrs[0] + v_first + rows_of(stride_v[2], HOW.v_line, HOW, BLOCK_N)[:, None]
     places = (k_rows + tl.arange(0, HOW.k_width)[None, :], v_rows + tl.arange(0, HOW.v_columns)[None, :])
     if HOW.k_bits != 16:
         k_words = k_ptrs[1] + h64 * stride_k[4] + rows_of(stride_k[5], 1, HOW, BLOCK_N)
