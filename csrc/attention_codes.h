@@ -109,13 +109,23 @@ PERCARD_INLINE void interleave(Bytes a, Bytes b, int16_t* out) {
     half(a.b, b.b, out + 64);
 }
 
+// acc += x in lanes of 32 or 16 bits, in place: as an intrinsic gcc 12 gives the sum a second register.
+template <bool kWide>
+PERCARD_INLINE void add_to(__m256i& acc, __m256i x) {
+    if constexpr (kWide)
+        __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(x));
+    else
+        __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(x));
+}
+
 PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
     const __m256i both = _mm256_set1_epi32(four(two));
 #ifdef __AVXVNNI__
     acc.a = _mm256_dpwssd_avx_epi32(acc.a, a.a, both);
     acc.b = _mm256_dpwssd_avx_epi32(acc.b, a.b, both);
 #else
-    acc = add(acc, I32{_mm256_madd_epi16(a.a, both), _mm256_madd_epi16(a.b, both)});
+    add_to<true>(acc.a, _mm256_madd_epi16(a.a, both));
+    add_to<true>(acc.b, _mm256_madd_epi16(a.b, both));
 #endif
 }
 
@@ -163,9 +173,9 @@ PERCARD_INLINE void dots(const int8_t* q, int64_t wide, const uint8_t* const* k,
 #else
                 if constexpr (kSigned) {
                     const __m256i two = _mm256_maddubs_epi16(size, _mm256_sign_epi8(row, key));
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(two, ones));
+                    add_to<true>(sum, _mm256_madd_epi16(two, ones));
                 } else {
-                    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(size, row));
+                    add_to<false>(sum, _mm256_maddubs_epi16(size, row));
                 }
 #endif
             }

@@ -6,6 +6,7 @@ a program takes a while, so it gets fewer and smaller problems.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -292,35 +293,40 @@ def l1(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.float() - want).abs().sum() / want.abs().sum())
 
 
-BOUNDS = {  # of the relative L1 error: over what the bytes say, over the keys and values themselves; and the least cosine
-    "int8": (0.010, 0.015, 0.9995),
-    "k8v4": (0.010, 0.060, 0.997),
-    "k8v4-sym": (0.010, 0.070, 0.996),
-    "int4": (0.010, 0.100, 0.990),
-    "int4-sym": (0.010, 0.120, 0.988),
+@only("attention_decode")
+@pytest.mark.parametrize("spec", QUANTISED)
+def test_what_rounding_of_queries_costs(body: Any, spec: str, seed: int) -> None:
+    """Relative L1 error over what the bytes say, on random numbers: 0.006 to 0.008, measured; hardly any without it."""
+    draw, length = random(body, seed), 130 if interpreted(body) else 600
+    k, v, q = draw(length, 2, 128), draw(length, 2, 128), draw(4, 8, 128).half()
+    pages, at = one_page(spec, k, v), torch.arange(length, device=k.device)
+    want = over(*read(pages, at // 16, at % 16, 128), q)
+    assert l1(ask(body, q, pages, *([length] * 4))[0], want) <= 0.010
+    assert l1(ask(body, q, pages, *([length] * 4), q_bits=16)[0], want) <= 0.004
+
+
+BOUNDS = {  # of relative L1 error over keys and values themselves, and of the cosine; measured: two thirds of that
+    "int8": (0.005, 0.9999),
+    "k8v4": (0.060, 0.9970),
+    "int4": (0.070, 0.9965),
+    "k8v4-sym": (0.070, 0.9950),
+    "int4-sym": (0.080, 0.9945),
 }
 
 
 @only("attention_decode")
 @pytest.mark.parametrize("spec", QUANTISED)
 def test_accuracy(body: Any, spec: str, seed: int) -> None:
-    """Queries that look for something: each is near a few keys, as in a model, and values have a part that all share."""
+    """Queries that look for something: each is near one key, as in a model, and values have a part that all share."""
     draw, length = random(body, seed), 130 if interpreted(body) else 1500
     k, v, q = draw(length, 2, 128), draw(length, 2, 128) + draw(1, 2, 128), draw(6, 8, 128)
     for i in range(6):
-        q[i] += 0.5 * k[17 * i + 1].repeat_interleave(4, 0)
+        q[i] += 0.068 * math.log(length) * k[17 * i + 1].repeat_interleave(4, 0)
     q = q.half()
-    pages = one_page(spec, k, v)
-    at = torch.arange(length, device=k.device)
-    held = read(pages, at // 16, at % 16, 128)
-    out, _ = ask(body, q, pages, *([length] * 6))
-    bytes_say, truth = over(*held, q), over(k, v, q)
-    most_held, most, cosine = BOUNDS[spec]
-    assert l1(out, bytes_say) <= most_held
+    out, _ = ask(body, q, one_page(spec, k, v), *([length] * 6))
+    truth, (most, cosine) = over(k, v, q), BOUNDS[spec]
     assert l1(out, truth) <= most
     assert float(torch.cosine_similarity(out.float().flatten(1), truth.flatten(1)).min()) >= cosine
-    exact, _ = ask(body, q, pages, *([length] * 6), q_bits=16)
-    assert l1(exact, bytes_say) <= 2e-3, "queries that are not rounded"
 
 
 @only("attention_decode")
