@@ -13,9 +13,8 @@
 // The scale of a value is folded into its weight as a logarithm: what is cut into 15 bits is then the weight of whole
 // numbers, and the sum of weights takes it out again, sum_t 2^(w[t] - largest) / v_scale[t].
 #include "parallel.h"
-#include "prefill_pack.h"
+#include "prefill_weights.h"
 #include "rows.h"
-#include "silu.h"
 #ifdef PERCARD_ISA_amx_int8
 #include "amx.h"
 #endif
@@ -24,9 +23,6 @@ namespace percard {
 namespace PERCARD_ISA {
 namespace prefill {
 
-constexpr int64_t kRows = 32;
-constexpr float kLowest = -1.0e30f;  // below every score; -infinity would make NaN of a difference
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 #if defined(PERCARD_ISA_avx512_vnni) || defined(PERCARD_ISA_amx_int8)
 constexpr int kHeld = 8, kWide = 2;  // rows and vectors of values whose sums stay in registers
 #elif defined(PERCARD_ISA_avx2) || defined(PERCARD_ISA_avx_vnni)
@@ -34,19 +30,6 @@ constexpr int kHeld = 4, kWide = 1;
 #else
 constexpr int kHeld = 4, kWide = 1;
 #endif
-
-// What a thread works on: up to kRows rows of one key head of one sequence.
-struct Rows {
-    int64_t count, b, h, first;  // row r is token (first + r) / group of the sequence
-    char* q;                     // codes as the products want them, or fp32 [kRows, size]
-    float* scores;               // tiles of 16 rows x 16 keys, int32 or fp32: `tile_at`
-    char* weights;  // of int8 values: int16 [kRows, kBlock], or tiles of two planes; else fp32 [kRows, kBlock]
-    float* o;       // [kRows, size], sums not yet divided
-    float *q_scale, *q_sum, *shift, *largest, *sum, *offset, *kept;  // [kRows]
-    float* line;                                                     // [kBlock]
-};
-
-PERCARD_INLINE int64_t tile_at(int64_t r, int64_t v) { return ((v / 2 * 2 + r / 16) * 2 + v % 2) * 256 + r % 16 * 16; }
 
 PERCARD_INLINE int64_t fresh_of(const AttentionPrefill& a, int64_t b) {
     return a.q_starts == nullptr ? a.max_q_len : a.q_starts[b + 1] - a.q_starts[b];
@@ -73,9 +56,15 @@ void load_queries(const AttentionPrefill& a, const Sizes& z, const Rows& w) {
     alignas(64) int8_t codes[kMostSize];
     const int64_t group = a.heads / a.pages.heads;
     if (kIntKeys) std::memset(w.q, 0, kRows * z.q_bytes);
-    for (int64_t r = 0; r < w.count; ++r) {
+    const auto query_at = [&](int64_t r) {
         const int64_t token = first_token(a, w.b) + (w.first + r) / group, head = w.h * group + (w.first + r) % group;
-        const int64_t at = token * a.stride_qt + head * a.stride_qh;
+        return token * a.stride_qt + head * a.stride_qh;
+    };
+    for (int64_t r = 0; r < w.count; ++r)  // rows of a token lie apart, and memory is far: all are asked for at once
+        for (int64_t byte = 0; byte < a.pages.size * dtype_bytes(a.q_dtype); byte += 64)
+            prefetch(static_cast<const char*>(a.q) + query_at(r) * dtype_bytes(a.q_dtype) + byte);
+    for (int64_t r = 0; r < w.count; ++r) {
+        const int64_t at = query_at(r);
         for (int64_t d = 0; d < a.pages.size; d += 16) store_f32(row + d, load_as_f32(a.q, at + d, a.q_dtype));
         F32 shift = set_f32(0.0f);
         if (a.pages.mu != nullptr)
@@ -163,110 +152,6 @@ PERCARD_INLINE void scores_of_floats(const AttentionPrefill& a, const Rows& w, c
             for (int i = 0; i < kHeld; ++i) store_f32(w.scores + tile_at(r + i, v), sums[i]);
         }
     }
-}
-
-// ---- weights --------------------------------------------------------------------------------------------------------
-
-// x with `other` in the lanes that are not begin .. end - 1.
-PERCARD_INLINE F32 only(F32 x, int64_t begin, int64_t end, float other) {
-    float lanes[16];
-    store_f32(lanes, x);
-    for (int64_t i = 0; i < 16; ++i)
-        if (i < begin || i >= end) lanes[i] = other;
-    return load_f32(lanes);
-}
-
-// softcap * tanh(x / softcap), with base 2 logarithms in and out
-PERCARD_INLINE F32 capped(F32 x, float softcap) {
-    const float cap = softcap * kLog2E;
-    const F32 two = set_f32(2.0f), e = exp(div(mul(x, two), set_f32(cap)));
-    return mul(set_f32(cap), sub(set_f32(1.0f), div(two, add(e, set_f32(1.0f)))));
-}
-
-// Weights of 64 keys, row r, whole numbers or fp32.
-template <bool kIntValues>
-PERCARD_INLINE void store_weights(const Rows& w, int64_t r, int64_t chunk, const F32* e) {
-    if constexpr (!kIntValues) {
-        for (int i = 0; i < 4; ++i)
-            store_f32(reinterpret_cast<float*>(w.weights) + r * kBlock + chunk * 64 + i * 16, e[i]);
-    } else {
-#ifdef PERCARD_ISA_amx_int8
-        // Two instructions that pack within 128 bits put four keys of each vector side by side: prefill_pack.h does so
-        // with the values.
-        const __m512i ab = _mm512_packus_epi32(to_i32(e[0]).v, to_i32(e[1]).v);
-        const __m512i cd = _mm512_packus_epi32(to_i32(e[2]).v, to_i32(e[3]).v), low = _mm512_set1_epi16(255);
-        char* to = w.weights + (r / 16 * 8 + chunk) * 1024 + r % 16 * 64;
-        _mm512_storeu_si512(to, _mm512_packus_epi16(_mm512_srli_epi16(ab, 8), _mm512_srli_epi16(cd, 8)));
-        _mm512_storeu_si512(to + 4096, _mm512_packus_epi16(_mm512_and_si512(ab, low), _mm512_and_si512(cd, low)));
-#else
-        auto* to = reinterpret_cast<int16_t*>(w.weights) + r * kBlock + chunk * 64;
-        for (int i = 0; i < 4; ++i) store_i16(to + i * 16, to_i32(e[i]));
-#endif
-    }
-}
-
-// Row r, which sees keys lo .. hi - 1 of the block: its weights in the chunks of 64 keys first .. last - 1, what they
-// sum up to, and by what the sums so far shrink.
-template <bool kIntKeys, bool kIntValues>
-PERCARD_INLINE void weigh(const AttentionPrefill& a, const Rows& w, const Block& block, int64_t r, int64_t lo,
-                          int64_t hi, int64_t first, int64_t last) {
-    const F32 none = set_f32(0.0f);
-    w.kept[r] = 1.0f;
-    if (lo >= hi) {
-        const F32 zeros[4] = {none, none, none, none};
-        for (int64_t c = first; c < last; ++c) store_weights<kIntValues>(w, r, c, zeros);
-        return;
-    }
-    const F32 q_scale = set_f32(w.q_scale[r]), q_sum = set_f32(w.q_sum[r]), shift = set_f32(w.shift[r]);
-    F32 most = set_f32(kLowest);
-    const int64_t from = lo / 16, to = (hi + 15) / 16;
-    for (int64_t v = from; v < to; ++v) {
-        const float* m = block.meta + v * kMeta;
-        F32 x = load_f32(w.scores + tile_at(r, v));
-        if (kIntKeys) {
-            x = mul(to_f32(as_i32(x)), load_f32(m));
-            if (block.key_offsets) x = fma(load_f32(m + 16), q_sum, x);
-        }
-        if (a.softcap == 0.0f)
-            x = fma(x, q_scale, load_f32(m + 32));
-        else
-            x = add(capped(fma(x, q_scale, shift), a.softcap), load_f32(m + 32));
-        if (v * 16 < lo || v * 16 + 16 > hi) x = only(x, lo - v * 16, hi - v * 16, kLowest);
-        store_f32(w.line + v * 16, x);
-        most = max(most, x);
-    }
-    const float old = w.largest[r], here = largest_of_lanes(most);
-    const float largest = old > here ? old : here;
-    if (largest != old) {
-        float kept[16];
-        store_f32(kept, power_of_two<true>(set_f32(old - largest)));
-        w.kept[r] = kept[0];
-        w.largest[r] = largest;
-    }
-    const F32 base = set_f32(kIntValues ? largest - kLogMost : largest);
-    F32 sum = none, offset = none;
-    for (int64_t c = first; c < last; ++c) {
-        F32 e[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const int64_t v = c * 4 + i;
-            e[i] = none;
-            if (v < from || v >= to) continue;
-            const float* m = block.meta + v * kMeta;
-            const bool part = v * 16 < lo || v * 16 + 16 > hi;
-            e[i] = power_of_two<!kIntValues>(sub(load_f32(w.line + v * 16), base));
-            if (part) e[i] = only(e[i], lo - v * 16, hi - v * 16, 0.0f);
-            sum = kIntValues ? fma(e[i], load_f32(m + 48), sum) : add(sum, e[i]);
-            if (kIntValues && block.value_offsets) {
-                F32 more = load_f32(m + 64);
-                if (part) more = only(more, lo - v * 16, hi - v * 16, 0.0f);
-                offset = fma(e[i], more, offset);
-            }
-        }
-        store_weights<kIntValues>(w, r, c, e);
-    }
-    w.sum[r] = w.sum[r] * w.kept[r] + sum_of_lanes(sum);
-    if (kIntValues) w.offset[r] = w.offset[r] * w.kept[r] + sum_of_lanes(offset);
 }
 
 // ---- values ---------------------------------------------------------------------------------------------------------
@@ -418,8 +303,11 @@ void rows_of(const AttentionPrefill& a, const Sizes& z, const Rows& w, const cha
         const int64_t first = from / 64, last = (to + 63) / 64;
         for (int64_t r = 0; r < w.count; ++r) {
             const Seen seen = seen_by(a, w, r);
-            weigh<kIntKeys, kIntValues>(a, w, block, r, max_of(0, seen.begin - start), min_of(kBlock, seen.end - start),
-                                        first, last);
+            const int64_t lo = max_of(0, seen.begin - start), hi = min_of(kBlock, seen.end - start);
+            if (lo == 0 && hi == kBlock)
+                weigh<kIntKeys, kIntValues, true>(a, w, block, r, lo, hi, first, last);
+            else
+                weigh<kIntKeys, kIntValues, false>(a, w, block, r, lo, hi, first, last);
         }
         const auto* values = reinterpret_cast<const float*>(block.values);
         if constexpr (kIntValues)
