@@ -175,7 +175,9 @@ def test_nan_reaches_those_who_see_it_and_nobody_else(body: Any, form: str, seed
         part[at] = held
         assert not torch.isfinite(out[15:40, :2]).any(), "those that see it"
         assert torch.isfinite(out[:, 2:]).all() and torch.isfinite(out[40:]).all()
-        if body.name == "cpu" or part is not pages.v:  # Triton multiplies a tile of 16-bit values as it is: 0 * NaN is NaN
+        if (
+            body.name == "cpu" or part is not pages.v
+        ):  # Triton multiplies a tile of 16-bit values as it is: 0 * NaN is NaN
             assert torch.isfinite(out[:15]).all()
         assert torch.isfinite(lse[15:40, :2]).all() == (part is parts[1]), "values are not in the sum of weights"
 
