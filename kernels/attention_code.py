@@ -73,7 +73,12 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
         "loads of small numbers": (count(r"LDG\.\S*[US](8|16)"), 0, 0),
         "bytes of shared memory": (count(r"LDS\.[US]8"), 0, 0),
         "conversions": (count("I2F"), 0, rows * keys // threads if how.rounds_q else 0),
-        "buffers": (min(held, default=0), options["num_stages"] - 1, options["num_stages"] - 1),
+        # one more where a warpgroup may still read values of a tile while the next ones are copied
+        "buffers": (
+            min(held, default=0),
+            options["num_stages"] - 1,
+            options["num_stages"] - (rows < 64 or how.v_bits != 16),
+        ),
         "instructions": (len(loop), 1, budget if plain else MANY),
     }
 
