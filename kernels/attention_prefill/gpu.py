@@ -259,7 +259,9 @@ def _reading(a: Any, v: torch.Tensor | None, block_m: int, card: Card) -> Readin
     how = reading(a, block_m, warpgroups(card))
     if v is None:
         return how
-    how = replace(how, v_bits=16, v_unit=0, v_parts=1, v_line=1)
+    line = 16 // v.element_size()
+    line = line if all(step % line == 0 for step in (v.storage_offset(), *v.stride()[:2])) else 1
+    how = replace(how, v_bits=16, v_unit=0, v_parts=1, v_line=line)
     return replace(how, v_row=min(v.shape[2], how.v_columns))
 
 
