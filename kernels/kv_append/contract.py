@@ -61,9 +61,10 @@ def unwrap(
     if pages.v_scales is not None:
         raise FormatError(f"{OP}: scale words of K and V lie apart, as another engine has them; write into new_pages")
     q = None if q is None else rows_contiguous(q)
-    rows = rows_contiguous(k), rows_contiguous(v)
-    held = pages.k, pages.v, pages.scales, pages.mu
-    return Append(*rows, *held, slots, q, positions, cos_sin, q_weight, k_weight, float(eps), pages.form)
+    return Append(
+        rows_contiguous(k), rows_contiguous(v), pages.k, pages.v, pages.scales, pages.mu, slots, q, positions, cos_sin,
+        q_weight, k_weight, float(eps), pages.form,
+    )  # fmt: skip
 
 
 def check(*flat: Any) -> None:
