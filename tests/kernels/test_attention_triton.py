@@ -264,7 +264,7 @@ def test_a_captured_call_serves_every_length(body: Any, spec: str, seed: int) ->
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_in_the_interpreter(run_interpreted: Callable[..., str]) -> None:
-    said = run_interpreted(SUITES, "-k", "triton")
+    said = run_interpreted(SUITES, "-k", "attention_decode-triton")
     passed = re.search(r"(\d+) passed", said)
     assert passed and int(passed[1]) >= 10, said[-500:]
 
@@ -273,4 +273,4 @@ def test_in_the_interpreter(run_interpreted: Callable[..., str]) -> None:
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_in_the_interpreter_of_the_oldest(run_interpreted: Callable[..., str], oldest_triton: Path) -> None:
-    run_interpreted(SUITES, "-k", "triton", triton=oldest_triton)
+    run_interpreted(SUITES, "-k", "attention_decode-triton", triton=oldest_triton)
