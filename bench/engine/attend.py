@@ -99,7 +99,7 @@ def after(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, chunk: Chun
 def read_back(config: Config, cos_sin: torch.Tensor, chunk: Chunk, impl: str | None = None) -> Attend:
     """A packed chunk [1, N] joins the cache and attends to it alone: queries are rounded over quantised pages."""
     lengths = [n + m for n, m in zip(chunk.before, chunk.counts, strict=True)]
-    most = {"max_q_len": max(chunk.counts), "max_kv_len": max(lengths)}
+    most: dict[str, Any] = {"max_q_len": max(chunk.counts), "max_kv_len": max(lengths)}
 
     def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
         pages = chunk.cache.pages[layer]
