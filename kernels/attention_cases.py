@@ -79,7 +79,7 @@ def rows_to_pages(
     """Pages of fp32 k, v [count, P, Hkv, D]; rows that are not `live` bool [count, P] hold the byte 0x80 and NaN."""
     if not spec.quantised:
         rows = [part.to(dtype).masked_fill(~live[:, :, None, None], torch.nan) for part in (k, v)]
-        return KVPages(*(_laid(part, layout) for part in rows), spec)
+        return KVPages(_laid(rows[0], layout), _laid(rows[1], layout), spec)
     zeros = "offset"
     if spec.has_offsets:
         zeros = {"inline": "mantissa", "zeros": "zero"}.get(layout, "offset")
@@ -97,16 +97,16 @@ def rows_to_pages(
         k_rows, k_words = _inline(rows[0], words[0], spec.k_bits)
         v_rows, v_words = _inline(rows[1], words[1], spec.v_bits)
         return KVPages(k_rows, v_rows, spec, k_words, mu, v_words, nibbles, zeros)
-    typed = [part.view(row_dtype(bits, dtype)) for part, bits in zip(rows, (spec.k_bits, spec.v_bits), strict=True)]
+    k_rows, v_rows = rows[0].view(row_dtype(spec.k_bits, dtype)), rows[1].view(row_dtype(spec.v_bits, dtype))
     if layout == "zeros":
         k_words, v_words = (w.half().transpose(1, 2) for w in words)
-        return KVPages(*(_laid(part, "nhd") for part in typed), spec, k_words, mu, v_words, nibbles, zeros)
+        return KVPages(_laid(k_rows, "nhd"), _laid(v_rows, "nhd"), spec, k_words, mu, v_words, nibbles, zeros)
     plane = torch.full((*live.shape, k.shape[2], spec.channels), torch.nan, device=k.device)
     for i, word in enumerate(words):
         plane[..., i::2][..., : word.shape[-1]] = word
     if layout == "record":
-        return _record(*typed, plane.half(), spec, mu)
-    return KVPages(*(_laid(part, layout) for part in typed), spec, _laid(plane.half(), layout), mu)
+        return _record(k_rows, v_rows, plane.half(), spec, mu)
+    return KVPages(_laid(k_rows, layout), _laid(v_rows, layout), spec, _laid(plane.half(), layout), mu)
 
 
 def _laid(rows: torch.Tensor, layout: str) -> torch.Tensor:

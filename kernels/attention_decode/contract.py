@@ -46,10 +46,9 @@ def unwrap(
 
     `splits` 0: as many as sizes say. The other arguments: kernels/attention.py, Attention.
     """
-    more = {"window": window, "sinks": sinks, "softcap": softcap, "q_bits": q_bits}
     given = attention.flat_of(
         q, pages, table, lengths, max_kv_len, max_q_len, q_starts=q_starts, table_starts=table_starts, scale=scale,
-        deterministic=deterministic, with_lse=with_lse, **more,
+        window=window, sinks=sinks, softcap=softcap, q_bits=q_bits, deterministic=deterministic, with_lse=with_lse,
     )  # fmt: skip
     return *given, splits
 

@@ -18,7 +18,7 @@ struct Words {
 
 template <int kKBits, int kVBits>
 struct Codes {
-    static constexpr bool kSigned = kKBits == 8, kHasOffset = kKBits == 4 || kVBits == 4;
+    static constexpr bool kSigned = kKBits == 8;
     const AttentionDecode& a;
     const KvPages& p;
     const int64_t most;              // rows
