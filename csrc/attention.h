@@ -43,7 +43,7 @@ PERCARD_INLINE Place place_of(const AttentionDecode& a, int64_t pair) {
     const int64_t b = pair / a.pages.heads, group = a.heads / a.pages.heads;
     const int64_t length = min_of(max_of(a.lengths[b], 0), a.max_kv_len);
     if (a.q_starts == nullptr) return {b, pair % a.pages.heads, length, a.max_q_len, b * a.max_q_len, group};
-    const int64_t tokens = min_of(a.q_starts[b + 1] - a.q_starts[b], a.max_q_len);
+    const int64_t tokens = max_of(min_of(a.q_starts[b + 1] - a.q_starts[b], a.max_q_len), 0);
     return {b, pair % a.pages.heads, length, tokens, a.q_starts[b], group};
 }
 
