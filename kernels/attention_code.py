@@ -38,9 +38,15 @@ BUDGET = {
 }
 
 
-def tile_bytes(how: Any, keys: int) -> int:
-    """Bytes of a tile of K and one of V as they are copied: rows filled up to a power of two; pages of 16 bits, not fp32."""
-    return keys * (how.k_width * how.wide[0] + how.v_columns * how.wide[1])
+def copies_of_16(how: Any, keys: int, threads: int) -> int:
+    """By a thread, of a tile of K and one of V: rows filled up to a power of two, pages of 16 bits, not fp32.
+
+    None of a tile that gives a thread less: 32 keys of 4 bits among 256 threads are copied 8 bytes at a time.
+    """
+    return sum(
+        keys * columns * wide // (16 * threads)
+        for columns, wide in zip((how.k_width, how.v_columns), how.wide, strict=True)
+    )
 
 
 def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tuple[int, int, int]]:
@@ -54,7 +60,7 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
     wide = count(r"LDGSTS\S*\.128")
     # Triton's tiles of keys that have several buffers: memdesc<3x64x128xi8, ..., mutable>
     held = [int(n) for n in re.findall(rf"local_alloc\s*: \(\) -> !ttg\.memdesc<(\d+)x{keys}x\d+x", ttgir)]
-    copied = tile_bytes(how, keys) // (16 * threads) if how.whole_copies else 0
+    copied = copies_of_16(how, keys, threads) if how.whole_copies else 0
     rounded = MANY if how.rounds_q else 0
     ids = 1 if how.page >= keys else keys
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
