@@ -78,7 +78,8 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
         "loads": (count(r"LDG\."), 0, ids),
         "loads of small numbers": (count(r"LDG\.\S*[US](8|16)"), 0, 0),
         "bytes of shared memory": (count(r"LDS\.[US]8"), 0, 0),
-        "conversions": (count("I2F"), 0, rows * keys // threads if how.rounds_q else 0),
+        # of heads beyond 128 numbers two warps may make the same scores, each for half of the values
+        "conversions": (count("I2F"), 0, rows * keys // threads * (1 + (how.size > 128)) if how.rounds_q else 0),
         # one more where a warpgroup may still read values of a tile while the next ones are copied
         "buffers": (
             min(held, default=0),
