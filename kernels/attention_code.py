@@ -9,7 +9,7 @@ Each line stands for a way in which a compiler makes a slow kernel without a wor
     loads of small numbers  0                                        numbers of 1 or 2 bytes are never copied ahead
     bytes of shared memory  0                                        V is turned byte by byte: no transposing ldmatrix for bytes
     conversions             those of the scores                      values become bf16 by I2F
-    buffers                 stages - 1                               a look-up of pages inside the step has eaten the pipeline
+    buffers                 stages - 1, of wgmma one more            a look-up of pages inside the step has eaten the pipeline
     instructions            at most BUDGET                           anything else
 """
 
@@ -67,6 +67,11 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
     plain = how.size == 128 and how.page >= keys and given["softcap"] is None and given["window"] is None
     plain = plain and (how.rounds_q or how.k_bits == 16)
     budget = BUDGET.get(triton[:3], {}).get(how.name.split()[0].removesuffix("-sym"), {}).get(rows, MANY)
+    buffers = options["num_stages"] - 1
+    # Of heads beyond 128 numbers two warps may make the same scores, each for half of the values. Keys that meet queries of 16
+    # bits are converted, by I2F on sm_80.
+    conversions = rows * keys // threads * (1 + (how.size > 128))
+    conversions = conversions if how.rounds_q else 0 if how.k_bits == 16 else MANY
     return {
         "int8 products": (count(r"(IMMA|IGMMA|UTCIMMA)\b"), min(1, rounded), rounded),
         "copies of 16 bytes": (wide, copied, copied),
@@ -78,14 +83,9 @@ def facts(launch: Any, loop: list[str], ttgir: str, triton: str) -> dict[str, tu
         "loads": (count(r"LDG\."), 0, ids),
         "loads of small numbers": (count(r"LDG\.\S*[US](8|16)"), 0, 0),
         "bytes of shared memory": (count(r"LDS\.[US]8"), 0, 0),
-        # of heads beyond 128 numbers two warps may make the same scores, each for half of the values
-        "conversions": (count("I2F"), 0, rows * keys // threads * (1 + (how.size > 128)) if how.rounds_q else 0),
+        "conversions": (count("I2F"), 0, conversions),
         # one more where a warpgroup may still read values of a tile while the next ones are copied
-        "buffers": (
-            min(held, default=0),
-            options["num_stages"] - 1,
-            options["num_stages"] - (rows < 64 or how.v_bits != 16),
-        ),
+        "buffers": (min(held, default=0), buffers, buffers + (rows >= 64 and how.v_bits == 16)),
         "instructions": (len(loop), 1, budget if plain else MANY),
     }
 

@@ -299,9 +299,8 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract
     flags = {"HOW": how, "Q_LEN": q_len, "GROUP": a.group, "FIXED": config.fixed, "MANY": many}
     flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FUSION}
-    if (
-        config.block_m > 16
-    ):  # left alone, ptxas spills some tiles where one register less makes room for another program
+    # Left alone, ptxas spills some of these where one register less makes room for another program.
+    if config.block_m > 16 or softcap is not None:
         options["maxnreg"] = 255
     tiles = -(-q_len * a.group // config.block_m)
     grid = (a.batch * tiles, kv_heads, config.splits)
