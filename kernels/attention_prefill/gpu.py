@@ -208,6 +208,7 @@ class Shape(NamedTuple):
     page: int
     keys: int
     given: bool
+    capped: bool
     dtype: torch.dtype
     form: str
 
@@ -225,7 +226,9 @@ class Config:
 def shape_of(case: Any) -> Shape:
     """The problem of a case of cases.py."""
     sizes = (case.heads, case.kv_heads, case.k, case.page, case.keys)
-    return Shape(len(case.lengths), case.most, *sizes, "given" in case.flags, case.dtype, case.form)
+    return Shape(
+        len(case.lengths), case.most, *sizes, "given" in case.flags, "softcap" in case.flags, case.dtype, case.form
+    )
 
 
 def warpgroups(card: Card) -> bool:
@@ -236,7 +239,8 @@ def warpgroups(card: Card) -> bool:
 def heuristic(shape: Shape, card: Card) -> Config:
     """128 rows of 8 warps; 64 rows of heads beyond 128 numbers, of fp32, and where there are no more.
 
-    64 keys in 3 stages where warpgroups multiply; 32 in 4 where warps do (mma.sync): with 64 they spill up to 88 bytes.
+    64 keys in 3 stages where warpgroups multiply; 32 in 4 where warps do (mma.sync), with 64 they spill up to 88 bytes; and of
+    pages smaller than that, whose ids take registers too, and of softcap.
     """
     spec = parse_form(shape.form).spec
     rows, wide = shape.q_len * shape.heads // shape.kv_heads, triton.next_power_of_2(shape.size)
@@ -244,7 +248,8 @@ def heuristic(shape: Shape, card: Card) -> Config:
     k_row = wide * whole if spec.k_bits == 16 else max(32, wide * spec.k_bits // 8)
     v_row = wide * whole if spec.v_bits == 16 or shape.given else max(32, wide * spec.v_bits // 8)
     small = wide > 128 or whole == 4 or rows <= 64
-    block_m, block_n = 64 if small else 128, 64 if warpgroups(card) and max(k_row, v_row) <= 256 else 32
+    wide_tile = warpgroups(card) and max(k_row, v_row) <= 256 and shape.page >= 64 and not shape.capped
+    block_m, block_n = 64 if small else 128, 64 if wide_tile else 32
     buffers = (card.shared_bytes - block_m * wide * whole) // (block_n * (k_row + v_row + 8))
     return Config(block_m, block_n, 4 if small and wide <= 128 else 8, max(2, min(3 if block_n == 64 else 4, buffers)))
 
@@ -270,9 +275,8 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[contract
     a, given = contract.parts(*flat)
     out, lse = contract.out_like(*flat)
     heads, (kv_heads, page) = a.q.shape[1], a.k_pages.shape[1:3]
-    shape = Shape(
-        a.batch, a.max_q_len, heads, kv_heads, a.q.shape[2], page, a.max_kv_len, given is not None, a.q.dtype, a.form
-    )
+    sizes = (heads, kv_heads, a.q.shape[2], page, a.max_kv_len)
+    shape = Shape(a.batch, a.max_q_len, *sizes, given is not None, a.softcap > 0, a.q.dtype, a.form)
     config = config or config_for(shape, card)
     how = _reading(a, None if given is None else given[0], config.block_m, card)
     k, v, stride_k, stride_v = sides(a, reading(a, config.block_m, warpgroups(card)) if given is not None else how)
