@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import kvcache
+from ..formats.huge import zeros
 from ..formats.kvcache import KVPages, KVSpec
 from . import card, clock
 
@@ -182,11 +183,16 @@ def _folded(rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
     return q, seen.repeat(group, 1)
 
 
+def _held(x: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the kind that pages have (huge.py)."""
+    return zeros(tuple(x.shape), x.dtype, x.device).copy_(x)
+
+
 def _sdpa(rows: Rows, dtype: torch.dtype, backend: Any = None) -> Calls:
     q, mask = _folded(rows)
     q = q.to(dtype)
     k, v = rows.dense(dtype)
-    copies = [(k, v)] + [(k.clone(), v.clone()) for _ in range(copies_of(2 * k.nbytes, k.device) - 1)]
+    copies = [(_held(k), _held(v)) for _ in range(copies_of(2 * k.nbytes, k.device))]
 
     def call(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with contextlib.nullcontext() if backend is None else torch.nn.attention.sdpa_kernel(backend):

@@ -45,6 +45,7 @@ from typing import NamedTuple
 
 import torch
 
+from .huge import zeros
 from .spec import FormatError
 
 PAGE = 64  # tokens, unless asked otherwise
@@ -196,12 +197,12 @@ def new_pages(
     if page not in PAGES:
         raise FormatError(f"new_pages: a page holds {page} tokens, expected one of {', '.join(map(str, PAGES))}")
     k, v = (
-        torch.zeros(pages, heads, page, row_length(bits, head_dim), dtype=row_dtype(bits, dtype), device=device)
+        zeros((pages, heads, page, row_length(bits, head_dim)), row_dtype(bits, dtype), device)
         for bits in (spec.k_bits, spec.v_bits)
     )
     scales = None
     if spec.quantised:
-        scales = torch.zeros(pages, heads, page, spec.channels, dtype=torch.float16, device=device)
+        scales = zeros((pages, heads, page, spec.channels), torch.float16, device)
     made = KVPages(k, v, spec, scales, mu)
     check_pages("new_pages", k, v, *made.words, mu, made.form, head_dim)
     return made
