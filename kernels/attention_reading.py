@@ -111,13 +111,11 @@ def reading(a: Attention, block_m: int, warpgroups: bool, asm: bool | None = Non
         word = 16 * spec.channels
     # What strides and places divide by; an asynchronous copy takes 4, 8 or 16 bytes.
     widths = [next(n for n in (LINE, 8, 4, 2, 1) if _lines(t, n)) for t in (a.k_pages, a.v_pages)]
-    lines = [
-        max(1, n // size)
-        for n, size in zip(widths, (a.k_pages.element_size(), max(unit, a.v_pages.element_size())), strict=True)
-    ]
+    k_line = max(1, widths[0] // a.k_pages.element_size())
+    v_line = max(1, widths[1] // max(unit, a.v_pages.element_size()))
     how = Reading(
         spec.k_bits, spec.v_bits, size, a.k_pages.shape[2], spec.symmetric, form.nibbles == "pairs", form.zeros, word, unit,
-        parts, *lines, 0, 0, a.rounds_q, not INTERPRETED if asm is None else asm, INTERPRETED,
+        parts, k_line, v_line, 0, 0, a.rounds_q, not INTERPRETED if asm is None else asm, INTERPRETED,
     )  # fmt: skip
     rows = min(a.k_pages.shape[3], how.k_width), min(a.v_pages.shape[3] // max(1, unit), how.v_columns)
     return Reading(**(vars(how) | {"k_row": rows[0], "v_row": rows[1]}))

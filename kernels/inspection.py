@@ -263,6 +263,12 @@ def expected(op: str, kernel: str = "") -> Expect:
     return expect[kernel] if isinstance(expect, dict) else expect
 
 
+def narrow_stores(op: str) -> int | None:
+    """How many stores of less than 16 bytes an op's kernels may have; None: not held."""
+    expect = importlib.import_module(f".{op}.cases", __package__).EXPECT
+    return None if isinstance(expect, dict) else expect.narrow_stores
+
+
 def problems(op: str, everything: bool) -> list[Case]:
     """The quick problems of an op, or all that its heuristic tells apart: layers of real models at every bucket of M.
 
@@ -326,7 +332,7 @@ def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: spills {row['spilled_bytes']} bytes, expected none")
         if row["shared_bytes"] > ARCHS[arch].shared_bytes:
             found.append(f"{where}: takes {row['shared_bytes']} bytes of shared memory, has {ARCHS[arch].shared_bytes}")
-        may = expected(row["op"], row["config"].split()[0]).narrow_stores
+        may = narrow_stores(row["op"])
         if may is not None and row["narrow_stores"] > may:
             found.append(f"{where}: {row['narrow_stores']} stores of less than 16 bytes, expected at most {may}")
         if row["loop"]:

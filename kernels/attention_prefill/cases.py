@@ -103,19 +103,18 @@ def pages_for(case: PrefillCase, table: torch.Tensor, random: torch.Generator) -
         at = torch.arange(length, device=table.device)
         live[row[at // case.page].long(), at % case.page] = True
     strided = "strided" in case.flags
-    held, words = [], []
+    held: list[torch.Tensor] = []
+    words: list[torch.Tensor] = []
     for bits in (spec.k_bits, spec.v_bits):
         x = torch.randn(count, heads, case.page, size, generator=random, device=random.device)
-        word = None
         if bits == 16:
             rows = x.to(case.dtype).masked_fill(~live[:, None, :, None], torch.nan)
         else:
             rows, scale, offset = kvcache.quantize(x, bits, spec.symmetric)
             rows = rows.masked_fill(~live[:, None, :, None], -128 if bits == 8 else 0x80)
             word = torch.stack((scale, torch.zeros_like(scale) if offset is None else offset), -1)
-            word = word.masked_fill(~live[:, None, :, None], torch.nan)
+            words.append(word.masked_fill(~live[:, None, :, None], torch.nan))
         held.append(rows.transpose(1, 2).contiguous().transpose(1, 2) if strided else rows)
-        words.append(word)
     if not spec.quantised:
         return KVPages(held[0], held[1])
     mu = torch.randn(heads, size, generator=random, device=random.device) if "mu" in case.flags else None

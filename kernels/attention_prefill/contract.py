@@ -47,7 +47,7 @@ def unwrap(
     table_starts: torch.Tensor | None = None,
 ) -> tuple[Any, ...]:
     """`scale` None is D^-0.5. `deterministic`: a request's bits depend on nothing but itself (always so on a CPU)."""
-    more = {"window": window, "sinks": sinks, "softcap": softcap, "q_bits": q_bits}
+    more: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "q_bits": q_bits}
     given = attention.flat_of(
         q, pages, table, lengths, max_kv_len, max_q_len, q_starts=q_starts, table_starts=table_starts, scale=scale,
         deterministic=deterministic, with_lse=with_lse, **more,
