@@ -151,7 +151,7 @@ def _misses(gate: Gate, limits: dict[str, float], small: bool) -> Iterator[str]:
     if not gate.top1 >= limits["top1"]:
         yield f"top-1 agreement {gate.top1:.1%} is below {limits['top1']:.0%}"
     if not small and not gate.rise <= limits["perplexity"]:
-        yield f"perplexity rises {gate.rise:.2%}, more than {limits['perplexity']:.0%}"
+        yield f"perplexity rises {gate.rise:.2%}, more than {limits['perplexity']:.1%}"
 
 
 def window_of(config: dict[str, Any]) -> int:

@@ -32,6 +32,7 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
     for parent in dst.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise FormatError(f"{dst}: {parent} is a file, not a folder; choose another --out")
+    _tidy(dst)
     if not dst.exists() or (dst.is_dir() and (not any(dst.iterdir()) or (dst / MARKER).exists())):
         return
     if not dst.is_dir():
@@ -103,15 +104,17 @@ class Output:
         self.work.mkdir(exist_ok=True)
 
     def publish(self) -> None:
-        """Gives the complete folder its name, in place of what stood there."""
-        if self.work.exists():
-            shutil.rmtree(self.work)
+        """Gives the complete folder its name, in place of what stood there.
+
+        Journal and activations go after that: a run that is killed before finds all that was done.
+        """
         sync(self.folder)
         if self.dst.exists():
             self.dst.rename(self._old)
         self.folder.rename(self.dst)
         self._published = True
         sync(self.dst.parent)
+        _tidy(self.dst)
         if self._old.exists():
             discard(self._old)
 
@@ -136,6 +139,12 @@ class Output:
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _tidy(dst: Path) -> None:
+    """Removes journal and activations that a run leaves in its output when it is killed between the last rename and its end."""
+    if (dst / "config.json").is_file() and (dst / WORK).is_dir():
+        shutil.rmtree(dst / WORK)
 
 
 def unfinished(dst: Path, journal: str) -> int:

@@ -31,6 +31,8 @@ def files(folder: Path) -> dict[str, str]:
     """sha256 of every file; of the reports only what does not tell the time."""
     out = {}
     for path in sorted(folder.iterdir()):
+        if path.name == ".percard-work":  # of a run that was killed behind its last rename; the next one removes it
+            continue
         data = path.read_bytes()
         if path.name == "report.json":
             tree = json.loads(data)
@@ -89,7 +91,7 @@ def main() -> None:
             sys.exit(f"run {killed}: failed by itself")
         killed += status == -signal.SIGKILL
         after = len(hidden.read_bytes().splitlines()) if hidden.exists() else 0
-        if status == 0:  # it got through before the kill: look at it and start anew
+        if status == 0 or (out / "config.json").exists():  # it got through before the kill: look at it and start anew
             if files(out) != good:
                 sys.exit("a run that was killed before ended with other bytes")
             shutil.rmtree(out)

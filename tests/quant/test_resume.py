@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from percard.formats.spec import FormatError
-from percard.quant import quantize, sequential
+from percard.quant import output, quantize, sequential
 from percard.quant.journal import Journal
 from percard.quant.recipe import Recipe
 
@@ -145,6 +145,14 @@ def test_activations_that_are_not_the_ones_written_are_refused(
     spill.write_bytes(data)
     with pytest.raises(FormatError, match="start over with --fresh"):
         quantize.run(src, tmp_path / "out", recipe(src))
+
+
+def test_what_a_kill_behind_the_last_rename_leaves_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "out" / output.WORK).mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="not empty"):
+        output.refuse(tmp_path / "src", tmp_path / "out", force=False)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
