@@ -172,6 +172,19 @@ class KVPages:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
+def pages_as(
+    form: str,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
+    mu: torch.Tensor | None,
+) -> KVPages:
+    """The pages that an op was given part by part, their words as `KVPages.words` has them."""
+    said = parse_form(form)
+    return KVPages(k, v, said.spec, k_scales, mu, v_scales, said.nibbles, said.zeros)
+
+
 def row_dtype(bits: int, dtype: torch.dtype) -> torch.dtype:
     """What rows of so many bits are held in; `dtype` is the model's."""
     return {16: dtype, 8: torch.int8, 4: torch.uint8}[bits]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..formats.kvcache import KVPages, check_pages, check_values, pages_of, parse_form, read, table_row
+from ..formats.kvcache import KVPages, check_pages, check_values, pages_as, pages_of, parse_form, read, table_row
 from .op import DTYPE_CODES, Unsupported, rows_contiguous
 from .weight import check_place, ulp
 
@@ -82,10 +82,7 @@ class Attention(NamedTuple):
 
     @property
     def pages(self) -> KVPages:
-        form = parse_form(self.form)
-        return KVPages(
-            self.k_pages, self.v_pages, form.spec, self.k_scales, self.mu, self.v_scales, form.nibbles, form.zeros
-        )
+        return pages_as(self.form, self.k_pages, self.v_pages, self.k_scales, self.v_scales, self.mu)
 
 
 def flat_of(

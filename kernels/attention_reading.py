@@ -8,6 +8,7 @@ import torch
 
 from ..formats.kvcache import KVSpec, parse_form
 from .attention import Attention
+from .device import Card
 from .tiles import INTERPRETED
 
 LINE = 16  # bytes of an asynchronous copy
@@ -93,6 +94,11 @@ class Reading:
     def v_offsets(self) -> bool:
         """Whether values have an offset of their own; that of symmetric ones is in their conversion."""
         return self.v_bits == 4 and not self.symmetric
+
+
+def warpgroups(card: Card) -> bool:
+    """Whether tiles of 64 rows are multiplied from shared memory (wgmma, tcgen05)."""
+    return 90 <= card.sm < 120
 
 
 def reading(a: Attention, block_m: int, warpgroups: bool, asm: bool | None = None) -> Reading:

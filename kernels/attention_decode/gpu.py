@@ -13,7 +13,7 @@ import triton.language as tl
 from ...formats.kvcache import parse_form
 from .. import tuning
 from ..attention import Attention
-from ..attention_reading import reading, sides
+from ..attention_reading import reading, sides, warpgroups
 from ..attention_tiles import (
     load_queries,
     load_tile,
@@ -232,11 +232,6 @@ def splits(batch: int, tiles: int, kv_heads: int, keys: int, sms: int, per_sm: i
     want = -(-sms * per_sm // (batch * tiles * kv_heads))
     most = max(1, min(cap, -(-keys // contract.LEAST_CHUNK)))
     return min(max(want, 4 if keys > 4096 else 1), most)
-
-
-def warpgroups(card: Card) -> bool:
-    """Whether tiles of 64 rows are multiplied from shared memory (wgmma, tcgen05)."""
-    return 90 <= card.sm < 120
 
 
 def heuristic(shape: Shape, card: Card) -> Config:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...formats.kvcache import parse_form
 from .. import tuning
-from ..attention_reading import Reading, reading, sides
+from ..attention_reading import Reading, reading, sides, warpgroups
 from ..attention_tiles import (
     load_queries,
     load_tile,
@@ -229,11 +229,6 @@ def shape_of(case: Any) -> Shape:
     return Shape(
         len(case.lengths), case.most, *sizes, "given" in case.flags, "softcap" in case.flags, case.dtype, case.form
     )
-
-
-def warpgroups(card: Card) -> bool:
-    """Whether tiles of 64 rows are multiplied from shared memory (wgmma, tcgen05)."""
-    return 90 <= card.sm < 120
 
 
 def heuristic(shape: Shape, card: Card) -> Config:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...formats.kvcache import KVPages, check_pages, parse_form
+from ...formats.kvcache import KVPages, check_pages, pages_as, parse_form
 from ...formats.spec import FormatError
 from ..attention import strides
 from ..op import DTYPE_CODES, Cost, pointer
@@ -54,10 +54,7 @@ class Gather(NamedTuple):
 
     @property
     def pages(self) -> KVPages:
-        form = parse_form(self.form)
-        return KVPages(
-            self.k_pages, self.v_pages, form.spec, self.k_scales, self.mu, self.v_scales, form.nibbles, form.zeros
-        )
+        return pages_as(self.form, self.k_pages, self.v_pages, self.k_scales, self.v_scales, self.mu)
 
 
 def unwrap(

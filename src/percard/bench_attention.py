@@ -41,10 +41,4 @@ def bench_attention(
         progress=console.showing_steps(as_json),
         command=" ".join(["percard", *sys.argv[1:]]),
     )
-    if as_json:
-        for record in records:
-            print(record.to_json(), flush=True)
-    else:
-        console.show(slot_report.of_records(records))
-    if any((record.quality or {}).get("gate") == "red" for record in records):
-        raise typer.Exit(console.GATE_RED)
+    raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))

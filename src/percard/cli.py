@@ -234,14 +234,7 @@ def bench_model(
         out=out,
         progress=console.showing_steps(as_json),
     )
-    if as_json:
-        for record in records:
-            print(record.to_json(), flush=True)
-    else:
-        for part in compose.show_records(records):
-            console.show(part)
-    if any((record.quality or {}).get("gate") == "red" for record in records):
-        raise typer.Exit(console.GATE_RED)
+    raise typer.Exit(console.show_records(records, as_json, compose.show_records))
 
 
 @bench_app.command("ops", help=manual.BENCH_OPS, short_help="Linears of real layers against torch and rivals.")
@@ -270,13 +263,7 @@ def bench_ops(
         progress=console.showing_steps(as_json),
         command=" ".join(["percard", *sys.argv[1:]]),
     )
-    if as_json:
-        for record in records:
-            print(record.to_json(), flush=True)
-    else:
-        console.show(slot_report.of_records(records))
-    if any((record.quality or {}).get("gate") == "red" for record in records):
-        raise typer.Exit(console.GATE_RED)
+    raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
 
 
 bench_app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,17 @@ def show(part: RenderableType) -> None:
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     screen.print(part, markup=not isinstance(part, str), soft_wrap=isinstance(part, str) and not sys.stdout.isatty())
+
+
+def show_records(records: Sequence[Any], as_json: bool, render: Callable[[Any], Iterable[RenderableType]]) -> int:
+    """Records of a bench on stdout, a JSON line each or as `render` has them; the exit code: red when a gate is."""
+    if as_json:
+        for record in records:
+            print(record.to_json(), flush=True)
+    else:
+        for part in render(records):
+            show(part)
+    return GATE_RED if any((record.quality or {}).get("gate") == "red" for record in records) else DONE
 
 
 def show_kernels(rows: Sequence[dict[str, Any]]) -> None:
