@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_attention, console, manual
+from . import __version__, bench_verbs, console, manual
 
 app = typer.Typer(
     help=manual.ROOT,
@@ -21,15 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-bench_app = typer.Typer(
-    help="Measure: tokens per second against FP16, never without quality and spread beside it.",
-    short_help="Measure: tokens per second against FP16.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench_verbs.app, name="bench")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+AsJson = bench_verbs.AsJson
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 
 
@@ -46,10 +40,15 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     if as_json:  # `percard --json verb` means `percard verb --json`
-        verbs = ("quantize", "verify", "calibrate-kv", "generate", "doctor", "inspect", "tune", "demo")
-        context.default_map = {verb: {"as_json": True} for verb in verbs} | {
-            "bench": {name: {"as_json": True} for name in ("model", "ops", "attention", "slot", "report")}
+        wanted = {"as_json": True}
+        context.default_map = dict.fromkeys(_names(app), wanted) | {
+            "bench": dict.fromkeys(_names(bench_verbs.app), wanted)
         }
+
+
+def _names(of: typer.Typer) -> list[str]:
+    """The verbs of an app."""
+    return [c.name or getattr(c.callback, "__name__", "") for c in of.registered_commands]
 
 
 @app.command(help=manual.QUANTIZE, short_help="A checkpoint becomes INT8 or INT4.")
@@ -138,7 +137,9 @@ def verify(
     from . import compose
 
     with console.showing_progress(as_json) as progress:
-        verdict = compose.verify(dst, against, level=level, text=text, tokens=tokens, kv=_words(kv), progress=progress)
+        verdict = compose.verify(
+            dst, against, level=level, text=text, tokens=tokens, kv=bench_verbs.words(kv), progress=progress
+        )
     _show(verdict, as_json)
     raise typer.Exit(verdict.exit_code)
 
@@ -201,112 +202,6 @@ def generate(
         print(done.prompt + done.text)
         cache = "" if done.kv == "bf16" else f", {done.kv} cache"
         print(f"[{done.tokens} tokens, {done.tokens_per_s:.1f} tok/s, {done.spec}{cache}]", file=sys.stderr)
-
-
-@bench_app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
-def bench_model(
-    source: Annotated[str, typer.Argument(metavar="DIR|shape:NAME", help="A folder, or shape:qwen3-0.6b and its kin.")],
-    specs: Annotated[str, typer.Option(help="Specs to compare with FP16, with commas.")] = "",
-    against: Annotated[Path | None, typer.Option(help="The 16-bit source, when DIR is quantised already.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Held-out text for the quality gate of real weights.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Run only so many blocks; every row says so.")] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
-    new: Annotated[int, typer.Option(min=1, help="Tokens of decode, after them.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    kv: Annotated[str, typer.Option(help="Caches to decode over, with commas: bf16,int8,k8v4,int4.")] = "bf16",
-    context: Annotated[str, typer.Option(help="Depths to decode at, with commas: 1k,8k,32k; default: --prompt.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 3,
-    head: Annotated[
-        str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")
-    ] = "int8-row",
-    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    from . import compose
-
-    records = compose.bench_model(
-        source,
-        _words(specs),
-        against=against,
-        text=text,
-        plan={"layers": layers, "prompt": prompt, "new": new, "batch": batch, "rounds": rounds, "head": head}
-        | {"kv": tuple(_words(kv)), "contexts": context},
-        out=out,
-        progress=console.showing_steps(as_json),
-    )
-    raise typer.Exit(console.show_records(records, as_json, compose.show_records))
-
-
-@bench_app.command("ops", help=manual.BENCH_OPS, short_help="Linears of real layers against torch and rivals.")
-def bench_ops(
-    models: Annotated[str, typer.Option(help="Whose layers, with commas.")] = "qwen3-0.6b",
-    specs: Annotated[str, typer.Option(help="Specs, with commas.")] = "w4a16-g128,w8a8,w4a8",
-    tokens: Annotated[
-        str, typer.Option(help="Rows of activations, with commas: 1 4 16 64 256 512 1024 4096 16384.")
-    ] = "1,16,512",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 7,
-    impl: Annotated[str | None, typer.Option(help="A body by name: triton, cpu.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    from .bench import ops, slot_report
-
-    if not all(word.isdigit() for word in tokens.split(",")):
-        raise typer.BadParameter(f"--tokens {tokens}: expected whole numbers with commas")
-    records = ops.run(
-        _words(models),
-        _words(specs),
-        [int(word) for word in tokens.split(",")],
-        impl=impl,
-        rounds=rounds,
-        out=out,
-        progress=console.showing_steps(as_json),
-        command=" ".join(["percard", *sys.argv[1:]]),
-    )
-    raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
-
-
-bench_app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(
-    bench_attention.bench_attention
-)
-
-
-@bench_app.command("slot", help=manual.BENCH_SLOT, short_help="Ten minutes of a card, one folder.")
-def bench_slot(
-    out: Annotated[Path, typer.Option("--out", help="Folder; one of an earlier call is gone on with.")],
-    minutes: Annotated[float, typer.Option(help="How long the card is free.")] = 10.0,
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try the run without a card.")] = "cuda",
-    retry: Annotated[str | None, typer.Option(help="`failed`: measure failed cells again.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    from .bench import slot
-
-    if retry not in (None, "failed"):
-        raise typer.BadParameter(f"--retry {retry}: the one choice is failed")
-    told = console.showing_steps(as_json)
-    code = slot.run(out, minutes, device=device, retry_failed=retry == "failed", say=told)
-    if code != console.BAD_INPUT:
-        console.emit_json(slot.manifest(out)) if as_json else console.show(f"{out}/report.md")
-    raise typer.Exit(code)
-
-
-@bench_app.command("report", help=manual.BENCH_REPORT, short_help="Tables of records, once more.")
-def bench_report(
-    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="Records as JSONL, or a folder with records.jsonl.")],
-    readme: Annotated[Path | None, typer.Option(help="Write the table of model runs into this file's block.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    from . import compose
-
-    records = compose.read_records(path)
-    if readme is not None:
-        compose.write_block(readme, records)
-    if as_json:
-        for record in records:
-            print(record.to_json(), flush=True)
-    else:
-        for part in compose.show_records(records):
-            console.show(part)
 
 
 @app.command(help=manual.DOCTOR, short_help="What serves on this machine, and what does not.")
@@ -383,11 +278,6 @@ def demo(
     if as_json:
         console.emit_json(report.data)
     raise typer.Exit(report.exit_code)
-
-
-def _words(text: str) -> list[str]:
-    """What stands between commas."""
-    return [word for word in text.split(",") if word]
 
 
 def _show(result: Any, as_json: bool, render: Any = None) -> None:

@@ -1,0 +1,131 @@
+"""`percard bench ...`: flags, one call, tables. A verb with many flags has a file of its own, bench_<verb>.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import bench_attention, console, manual
+
+app = typer.Typer(
+    help="Measure: tokens per second against FP16, never without quality and spread beside it.",
+    short_help="Measure: tokens per second against FP16.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word for word in text.split(",") if word]
+
+
+@app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
+def bench_model(
+    source: Annotated[str, typer.Argument(metavar="DIR|shape:NAME", help="A folder, or shape:qwen3-0.6b and its kin.")],
+    specs: Annotated[str, typer.Option(help="Specs to compare with FP16, with commas.")] = "",
+    against: Annotated[Path | None, typer.Option(help="The 16-bit source, when DIR is quantised already.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text for the quality gate of real weights.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Run only so many blocks; every row says so.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="Tokens of decode, after them.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    kv: Annotated[str, typer.Option(help="Caches to decode over, with commas: bf16,int8,k8v4,int4.")] = "bf16",
+    context: Annotated[str, typer.Option(help="Depths to decode at, with commas: 1k,8k,32k; default: --prompt.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 3,
+    head: Annotated[
+        str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")
+    ] = "int8-row",
+    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    records = compose.bench_model(
+        source,
+        words(specs),
+        against=against,
+        text=text,
+        plan={"layers": layers, "prompt": prompt, "new": new, "batch": batch, "rounds": rounds, "head": head}
+        | {"kv": tuple(words(kv)), "contexts": context},
+        out=out,
+        progress=console.showing_steps(as_json),
+    )
+    raise typer.Exit(console.show_records(records, as_json, compose.show_records))
+
+
+@app.command("ops", help=manual.BENCH_OPS, short_help="Linears of real layers against torch and rivals.")
+def bench_ops(
+    models: Annotated[str, typer.Option(help="Whose layers, with commas.")] = "qwen3-0.6b",
+    specs: Annotated[str, typer.Option(help="Specs, with commas.")] = "w4a16-g128,w8a8,w4a8",
+    tokens: Annotated[
+        str, typer.Option(help="Rows of activations, with commas: 1 4 16 64 256 512 1024 4096 16384.")
+    ] = "1,16,512",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 7,
+    impl: Annotated[str | None, typer.Option(help="A body by name: triton, cpu.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from .bench import ops, slot_report
+
+    if not all(word.isdigit() for word in tokens.split(",")):
+        raise typer.BadParameter(f"--tokens {tokens}: expected whole numbers with commas")
+    records = ops.run(
+        words(models),
+        words(specs),
+        [int(word) for word in tokens.split(",")],
+        impl=impl,
+        rounds=rounds,
+        out=out,
+        progress=console.showing_steps(as_json),
+        command=" ".join(["percard", *sys.argv[1:]]),
+    )
+    raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
+
+
+app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(
+    bench_attention.bench_attention
+)
+
+
+@app.command("slot", help=manual.BENCH_SLOT, short_help="Ten minutes of a card, one folder.")
+def bench_slot(
+    out: Annotated[Path, typer.Option("--out", help="Folder; one of an earlier call is gone on with.")],
+    minutes: Annotated[float, typer.Option(help="How long the card is free.")] = 10.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the run without a card.")] = "cuda",
+    retry: Annotated[str | None, typer.Option(help="`failed`: measure failed cells again.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from .bench import slot
+
+    if retry not in (None, "failed"):
+        raise typer.BadParameter(f"--retry {retry}: the one choice is failed")
+    told = console.showing_steps(as_json)
+    code = slot.run(out, minutes, device=device, retry_failed=retry == "failed", say=told)
+    if code != console.BAD_INPUT:
+        console.emit_json(slot.manifest(out)) if as_json else console.show(f"{out}/report.md")
+    raise typer.Exit(code)
+
+
+@app.command("report", help=manual.BENCH_REPORT, short_help="Tables of records, once more.")
+def bench_report(
+    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="Records as JSONL, or a folder with records.jsonl.")],
+    readme: Annotated[Path | None, typer.Option(help="Write the table of model runs into this file's block.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from . import compose
+
+    records = compose.read_records(path)
+    if readme is not None:
+        compose.write_block(readme, records)
+    if as_json:
+        for record in records:
+            print(record.to_json(), flush=True)
+    else:
+        for part in compose.show_records(records):
+            console.show(part)
