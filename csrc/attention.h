@@ -130,19 +130,23 @@ PERCARD_INLINE void mask(float* scores, const Tile& tile, const Seen& seen) {
     for (int64_t t = min_of(last, tile.count); t < kTile; ++t) scores[t] = -__builtin_inff();
 }
 
+// Brings what was summed up of row r to the largest score so far.
+PERCARD_INLINE void raise_to(const Rows& rows, int64_t r, float largest) {
+    if (largest == rows.largest[r]) return;
+    float old[16];
+    store_f32(old, exp(set_f32(rows.largest[r] - largest)));
+    rows.sum[r] *= old[0];
+    float* o = rows.o + r * rows.wide;
+    for (int64_t d = 0; d < rows.wide; d += 16) store_f32(o + d, mul(load_f32(o + d), set_f32(old[0])));
+    rows.largest[r] = largest;
+}
+
 // The largest score of row r so far, these included; what was summed up before is brought to it.
 PERCARD_INLINE float raise(const Rows& rows, int64_t r, const float* scores) {
     F32 most = set_f32(rows.largest[r]);
     for (int i = 0; i < kTile; i += 16) most = max(most, load_f32(scores + i));
     const float largest = largest_of_lanes(most);
-    if (largest != rows.largest[r]) {
-        float old[16];
-        store_f32(old, exp(set_f32(rows.largest[r] - largest)));
-        rows.sum[r] *= old[0];
-        float* o = rows.o + r * rows.wide;
-        for (int64_t d = 0; d < rows.wide; d += 16) store_f32(o + d, mul(load_f32(o + d), set_f32(old[0])));
-        rows.largest[r] = largest;
-    }
+    raise_to(rows, r, largest);
     return largest;
 }
 

@@ -8,7 +8,7 @@
 //   int32
 #pragma once
 
-#include "simd.h"
+#include "fixed_point.h"
 
 namespace percard {
 namespace PERCARD_ISA {
@@ -36,10 +36,6 @@ PERCARD_INLINE void interleave(Bytes a, Bytes b, int16_t* out) {
 // back in every step, which costs as much as the products.
 PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
     __asm__("vpdpwssd %1, %2, %0" : "+v"(acc.v) : "v"(_mm512_set1_epi32(four(two))), "v"(a.v));
-}
-
-PERCARD_INLINE void store_i16(int16_t* p, I32 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v));
 }
 
 // The low and the high 16 bits of the lanes.
@@ -129,11 +125,6 @@ PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
 #endif
 }
 
-PERCARD_INLINE void store_i16(int16_t* p, I32 x) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
-}
-
 PERCARD_INLINE void split(I32 x, uint16_t* low, uint16_t* high) {
     const auto put = [](I32 y, uint16_t* p) {
         const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(y.a, y.b), 0xd8);
@@ -208,10 +199,6 @@ PERCARD_INLINE void add_pairs(I32& acc, I32 a, const int16_t* two) {
         std::memcpy(both, &a.v[i], 4);
         acc.v[i] += both[0] * two[0] + both[1] * two[1];
     }
-}
-
-PERCARD_INLINE void store_i16(int16_t* p, I32 x) {
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(x.v[i]);
 }
 
 PERCARD_INLINE void split(I32 x, uint16_t* low, uint16_t* high) {

@@ -14,15 +14,16 @@ constexpr int64_t kWeights = 256;         // of one sum
 constexpr float kMost = 32760.0f;         // so that 2^x, a little off, does not pass 32767
 constexpr float kLogMost = 14.99964773f;  // log2 of it
 
-// 2^x of 16 lanes for x of -126 .. 15 (less counts as -126), within 2^-18, or 2^-23 if kFine; NaN stays NaN.
+// 2^x of 16 lanes for x of kLeast .. 15 (less counts as that), within 2^-18, or 2^-23 if kFine; NaN stays NaN. kLeast
+// is -126, or -127, of which it makes 0, and so of all that is below -126.5.
 //
 //   n = round(x), which the addition of 1.5 * 2^23 leaves in the low bits, 127 with it;   2^x = 2^n * Q(x - n)
 //
 // Q has the least relative error on -0.5 .. 0.5 that a polynomial of degree 4, or 5, can have.
-template <bool kFine>
+template <bool kFine, int kLeast = -126>
 PERCARD_INLINE F32 power_of_two(F32 x) {
     const F32 magic = set_f32(12583039.0f);
-    x = max(set_f32(-126.0f), x);  // in this order NaN stays NaN
+    x = max(set_f32(kLeast), x);  // in this order NaN stays NaN
     const F32 s = add(x, magic), r = sub(x, sub(s, magic));
     F32 q;
     if constexpr (kFine) {

@@ -286,17 +286,26 @@ struct Codes {
     // bits, times by[r]. What weights times offsets give is the same for every number of a row of o: more[r].
     PERCARD_INLINE_MEMBER void weigh(const Work& w, const Rows& rows, int64_t r, const Tile& tile, const Seen& seen,
                                      const Words& words) const {
-        float s[kTile];
         const F32 step = set_f32(w.q_step[r]), total_ = set_f32(w.q_total[r]);
-        for (int i = 0; i < kTile; i += 16) {
-            const float* from = w.scores + r * kTile + i;
-            F32 x = mul(a.q_bits == 16 ? load_f32(from) : to_f32(load_i32(from)), load_f32(words.k + i));
-            if (kKBits == 4) x = fma(total_, load_f32(words.k_offset + i), x);
-            store_f32(s + i, mul(x, step));
+        F32 x[kTile / 16];
+        for (int i = 0; i < kTile / 16; ++i) {
+            const float* from = w.scores + r * kTile + 16 * i;
+            x[i] = mul(a.q_bits == 16 ? load_f32(from) : to_f32(load_i32(from)), load_f32(words.k + 16 * i));
+            if (kKBits == 4) x[i] = fma(total_, load_f32(words.k_offset + 16 * i), x[i]);
+            x[i] = mul(x[i], step);
         }
-        if (a.softcap != 0.0f) cap(s, a.softcap, p.mu != nullptr ? w.shift[r] : 0.0f);
-        mask(s, tile, seen);
-        const F32 largest = set_f32(raise(rows, r, s));
+        if (a.softcap != 0.0f || seen.first > tile.first || seen.last < tile.first + kTile || tile.count < kTile) {
+            float s[kTile];
+            for (int i = 0; i < kTile / 16; ++i) store_f32(s + 16 * i, x[i]);
+            if (a.softcap != 0.0f) cap(s, a.softcap, p.mu != nullptr ? w.shift[r] : 0.0f);
+            mask(s, tile, seen);
+            for (int i = 0; i < kTile / 16; ++i) x[i] = load_f32(s + 16 * i);
+        }
+        F32 best = set_f32(rows.largest[r]);
+        for (const F32& score : x) best = max(best, score);
+        const float most_ever = largest_of_lanes(best);
+        raise_to(rows, r, most_ever);
+        const F32 largest = set_f32(most_ever), log2_e = set_f32(1.44269504f);
         const float *scale = words.v, *offset = words.v_offset;
         float clean[2 * kTile];
         bool nan = false;
@@ -312,13 +321,13 @@ struct Codes {
             offset = clean + kTile;
         }
         F32 sum = set_f32(0.0f), more = set_f32(0.0f), most_ = set_f32(0.0f);
-        for (int i = 0; i < kTile; i += 16) {
-            const F32 e = exp(sub(load_f32(s + i), largest));
+        for (int i = 0; i < kTile / 16; ++i) {
+            // The product is off by 2^-24 of it, so e by |score - largest| 2^-24 of e, less than 2^-25 of the largest.
+            const F32 e = power_of_two<true, -127>(mul(sub(x[i], largest), log2_e));
             sum = add(sum, e);
-            if (kVBits == 4) more = fma(e, load_f32(offset + i), more);
-            const F32 weight = mul(e, load_f32(scale + i));
-            most_ = max(most_, abs(weight));
-            store_f32(s + i, weight);
+            if (kVBits == 4) more = fma(e, load_f32(offset + 16 * i), more);
+            x[i] = mul(e, load_f32(scale + 16 * i));
+            most_ = max(most_, abs(x[i]));
         }
         const float found = sum_of_lanes(sum), heaviest = largest_of_lanes(most_);
         rows.sum[r] += found;
@@ -332,7 +341,7 @@ struct Codes {
             return;
         }
         const F32 up = set_f32(32767.0f / heaviest), high = set_f32(32767.0f), low = set_f32(-32767.0f);
-        for (int i = 0; i < kTile; i += 16) store_i16(to + i, to_i32(max(min(mul(load_f32(s + i), up), high), low)));
+        for (int i = 0; i < kTile; i += 16) store_i16(to + i, to_i32(max(min(mul(x[i / 16], up), high), low)));
     }
 
     void chunk(char* work, const Rows& rows, const Place& place, int64_t first, int64_t last) const {
