@@ -7,6 +7,7 @@ schema 1, and a warning when it comes from a newer one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,9 @@ from ..formats.spec import FormatError
 SCHEMA = 1
 LEVELS = ("op", "layer", "model", "serve")
 STATUSES = ("ok", "absent", "refused", "failed", "timeout", "oom", "suspect", "cut")
+# A cell whose row has one of these words is not measured again, unless failures are asked for once more.
+FAILURES = ("failed", "timeout", "oom")
+SETTLED = ("ok", "absent", "refused", "suspect", *FAILURES)
 SOURCES = ("percard", "vllm", "sglang", "llama-bench")
 GATES = ("green", "red", "synthetic", "none")
 
@@ -145,18 +149,26 @@ class Record:
 
 
 def append(path: str | Path, record: Record) -> None:
-    """Adds one line and waits until it is on the disk."""
+    """Adds one line and waits until it is on the disk. Without room (OSError, names the file) the file is as before."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("ab+") as file:
+    with target.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
             # A run died while it wrote this row: what is there of it is dropped, so that the file stays readable.
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(record.to_json().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+            end = file.readall().rfind(b"\n") + 1
+            file.truncate(end)
+        line = memoryview(record.to_json().encode() + b"\n")
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            error.filename = str(target)
+            raise
 
 
 def read(path: str | Path) -> Iterator[Record]:

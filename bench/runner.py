@@ -33,6 +33,7 @@ from .folder import (
     replace,
     timestamp,
 )
+from .record import FAILURES, SETTLED
 from .stage import Cell, Run, Stage
 from .worker import Worker, WorkerLike
 
@@ -41,9 +42,6 @@ SHORT_MINUTES = 3.0  # below it only the essential stages run
 MARGIN = 1.3
 LEAST_TIMEOUT_S, TIMEOUT_FACTOR = 20.0, 5.0
 DONE, ERROR, BAD_INPUT, RED, CUT, INTERRUPTED = 0, 1, 2, 4, 5, 130
-# Rows with these words are not measured again; `retry` leaves the failures out.
-_FAILURES = ("failed", "timeout", "oom")
-_SETTLED = ("ok", "absent", "refused", "suspect", *_FAILURES)
 
 
 class Runner:
@@ -79,7 +77,7 @@ class Runner:
         self.say = say
         self._identity, self._device, self._env = dict(identity), device, dict(env or {})
         self._complete, self._report, self._probe, self._again = complete, report, probe, again
-        self._settled_words = _SETTLED[:4] if retry else _SETTLED
+        self._settled_words = tuple(w for w in SETTLED if not (retry and w in FAILURES))
         self._make_worker = make_worker
         self._worker = worker  # of the timed cells: it keeps what it loaded between cells
         self._correction: dict[str, float] = {}
@@ -212,8 +210,8 @@ class Runner:
                 waiting.put((number, cell, key))
             else:
                 run.tally.red += status == "red"
-                run.tally.failed += status in _FAILURES
-                run.tally.skipped += status != "red" and status not in _FAILURES
+                run.tally.failed += status in FAILURES
+                run.tally.skipped += status != "red" and status not in FAILURES
         if waiting.empty():
             return
 
@@ -300,7 +298,7 @@ class Runner:
             self._settled[into][key] = word
             run.tally.red += word == "red"
             run.tally.ok += word in ("ok", "absent", "refused", "suspect")
-            run.tally.failed += word in _FAILURES
+            run.tally.failed += word in FAILURES
             run.tally.cut += word == "cut"
         if outcome.lost_card or (outcome.poisoned and self._probe is not None and not self._card_answers(worker)):
             self.stopped = "lost card"

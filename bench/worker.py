@@ -200,16 +200,20 @@ def run_here(task: str, arguments: Mapping[str, Any], on_row: Callable[[dict[str
         rows = result if inspect.isgenerator(result) else [] if result is None else [result]
         for row in rows:
             on_row(row)
-    except MemoryError as error:
-        return Outcome("oom", _told(error))
-    except NotImplementedError as error:  # Unsupported of kernels/op.py is one
-        return Outcome("refused", _told(error))
     except Exception as error:
-        # torch.cuda.OutOfMemoryError is asked by name, so that cells without torch load no torch
-        if type(error).__name__ in ("OutOfMemoryError", "DefaultCPUAllocatorError"):
-            return Outcome("oom", _told(error))
-        return Outcome("failed", _told(error))
+        return outcome_of(error)
     return Outcome("ok")
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """What an exception of a cell means: oom, refused (nothing here serves it, or it cannot be compared), failed."""
+    # By name where a class would have to be imported: cells without torch load no torch.
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name in ("OutOfMemoryError", "DefaultCPUAllocatorError"):
+        return Outcome("oom", _told(error))
+    if isinstance(error, NotImplementedError) or name == "NotComparable":  # Unsupported of kernels/op.py is one
+        return Outcome("refused", _told(error))
+    return Outcome("failed", _told(error))
 
 
 def _told(error: BaseException) -> dict[str, str]:

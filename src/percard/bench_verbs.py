@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import bench_attention, console, manual
+from .bench_options import AsJson, words
 
 app = typer.Typer(
     help="Measure: tokens per second against FP16, never without quality and spread beside it.",
@@ -16,14 +17,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-
-
-def words(text: str) -> list[str]:
-    """What stands between commas."""
-    return [word for word in text.split(",") if word]
-
 
 @app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
 def bench_model(

@@ -217,7 +217,7 @@ def describe(error: BaseException) -> tuple[int, str]:
 def _describe_os_error(error: OSError) -> tuple[int, str]:
     name = f"{error.filename}: " if error.filename is not None else ""
     said = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = "free some space or name another --out; the unfinished output was removed"
         return ERROR, f"{name}disk full ({said}); {free}"
     if isinstance(error, FileNotFoundError):
