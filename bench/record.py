@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.spec import FormatError
+from . import record_types
 
 SCHEMA = 1
 LEVELS = ("op", "layer", "model", "serve")
@@ -96,6 +97,19 @@ class Record:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
+        for name in ("case", "cell_key", "run_id", "ts"):
+            if not isinstance(getattr(self, name), str):
+                raise FormatError(f"record {self.case}: {name} is {getattr(self, name)!r}; expected a text")
+        for name in SECTIONS:
+            if fault := record_types.fault(name, getattr(self, name)):
+                raise FormatError(f"record {self.case}: {fault}")
+        if not isinstance(self.against, list | tuple | None):
+            raise FormatError(f"record {self.case}: against is {self.against!r}; expected a list of objects")
+        for rival in self.against or ():
+            if fault := "one is null; expected objects" if rival is None else record_types.fault("against", rival):
+                raise FormatError(f"record {self.case}: against: {fault}")
+        if fault := record_types.ratio_fault(self.tokens):
+            raise FormatError(f"record {self.case}: {fault}")
         for name, value, known in (
             ("level", self.level, LEVELS),
             ("status", self.status, STATUSES),
@@ -117,8 +131,10 @@ class Record:
                 raise FormatError(
                     f"record {self.case}: against has unknown keys {', '.join(unknown)} for schema {SCHEMA}"
                 )
-        if self.status == "ok" and self.tokens and (self.quality or {}).get("gate") == "red":
-            raise FormatError(f"record {self.case}: a red gate carries no speed figure; leave tokens empty")
+        if self.status == "ok" and (self.quality or {}).get("gate") == "red" and (self.tokens or self.latency_us):
+            raise FormatError(
+                f"record {self.case}: a red gate carries no speed figure; leave tokens and latency_us empty"
+            )
 
     def to_json(self) -> str:
         """One line without a line break; sections that are None are left out, numbers that are not finite are null."""
@@ -129,23 +145,30 @@ class Record:
     def from_json(cls, line: str, where: str = "record") -> Record:
         """The Record in a line; FormatError names `where` and what is wrong."""
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise FormatError(f"{where}: not JSON ({error}); a row cut by a crash may be deleted") from None
-        if not isinstance(row, dict) or not isinstance(row.get("schema"), int):
-            raise FormatError(f"{where}: has no schema number; it is not a record")
+            row = _finite(json.loads(line))  # NaN and 1e999 are what the writer calls null: not measured
+        except (ValueError, RecursionError) as error:
+            said = error if isinstance(error, ValueError) else "too deep"
+            raise FormatError(f"{where}: not JSON ({said}); a row cut by a crash may be deleted") from None
+        if not isinstance(row, dict) or type(row.get("schema")) is not int:
+            hint = "give the JSONL of a percard bench, or `percard bench import` what another tool wrote"
+            raise FormatError(f"{where}: has no schema number; it is not a record; {hint}")
         if row["schema"] < SCHEMA:
-            raise FormatError(f"{where}: schema {row['schema']} is older than {SCHEMA} and is not read")
+            hint = "measure again, or read it with the percard that wrote it"
+            raise FormatError(f"{where}: schema {row['schema']} is older than {SCHEMA} and is not read; {hint}")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(row) - known)
         if unknown:
             if row["schema"] == SCHEMA:
-                raise FormatError(f"{where}: unknown keys {', '.join(unknown)} for schema {SCHEMA}")
+                hint = "remove them, or read it with the percard that wrote it"
+                raise FormatError(f"{where}: unknown keys {', '.join(unknown)} for schema {SCHEMA}; {hint}")
             warnings.warn(f"{where}: schema {row['schema']} keys not read: {', '.join(unknown)}", stacklevel=2)
         missing = sorted({"cell_key", "level", "case"} - set(row))
         if missing:
-            raise FormatError(f"{where}: keys {', '.join(missing)} are missing")
-        return cls(**{k: v for k, v in row.items() if k in known})
+            raise FormatError(f"{where}: keys {', '.join(missing)} are missing; remove the row or measure it again")
+        try:
+            return cls(**{k: v for k, v in row.items() if k in known and v is not None})
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}; remove the row or measure it again") from None
 
 
 def append(path: str | Path, record: Record) -> None:
@@ -173,11 +196,19 @@ def append(path: str | Path, record: Record) -> None:
 
 def read(path: str | Path) -> Iterator[Record]:
     """Every record of a file, in order. A last line without its line break was cut while written and is left out."""
-    text = Path(path).read_text(encoding="utf-8")
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        hint = "give the JSONL of a percard bench"
+        raise FormatError(f"{path}: not text ({error.reason} at byte {error.start}); {hint}") from None
+    yield from parse(text, str(path))
+
+
+def parse(text: str, where: str) -> Iterator[Record]:
+    """The records in the text of a file that `where` names."""
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         if line.strip():
-            yield Record.from_json(line, f"{path}:{number}")
+            yield Record.from_json(line, f"{where}:{number}")
 
 
 def cell_key(**parts: Any) -> str:

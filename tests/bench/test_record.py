@@ -97,3 +97,42 @@ def test_the_checkout_is_named():
     code = record.code_section("percard bench model x")
     assert code["command"] == "percard bench model x"
     assert code["git_sha"] is None or len(code["git_sha"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"latency_us": {"samples": "fast"}},
+            r"f:3: record .*latency_us.samples is 'fast'; expected a list of numbers",
+        ),
+        ({"latency_us": {"samples": [1.0, None]}}, "latency_us.samples"),
+        ({"latency_us": {"median": True}}, "latency_us.median is True; expected a number"),
+        ({"scheme": []}, r"scheme is \[\]; expected an object"),
+        ({"tokens": {"vs_fp16": {"same_batch": 3}}}, "tokens.vs_fp16.same_batch is 3; expected an object"),
+        ({"tokens": {"vs_fp16": {"same_batch": {"ratio": "2x"}}}}, "same_batch.ratio is '2x'; expected a number"),
+        ({"against": [None]}, "against: one is null"),
+        ({"against": {"impl": "torch"}}, "against is .*; expected a list of objects"),
+        ({"case": 7}, "case is 7; expected a text"),
+        ({"quality": {"gate": ["green"]}}, "quality.gate"),
+        ({"latency_us": {"median": 3}, "quality": {"gate": "red"}}, "a red gate carries no speed figure"),
+    ],
+)
+def test_wrong_types_are_named(change, words):
+    with pytest.raises(FormatError, match=words) as raised:
+        Record.from_json(json.dumps(ROW | {"schema": 1} | change), "f:3")
+    assert str(raised.value).endswith("remove the row or measure it again")
+
+
+def test_numbers_that_are_not_finite_are_read_as_not_measured():
+    row = Record.from_json(
+        '{"schema": 1, "cell_key": "k", "level": "op", "case": "c", "latency_us": {"median": NaN, "lo": 1e999}}'
+    )
+    assert row.latency_us == {"median": None, "lo": None}
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"\x80\x81\x00")
+    with pytest.raises(FormatError, match=r"weights.bin: not text .*give the JSONL"):
+        list(read(path))
