@@ -121,6 +121,25 @@ class Watch:
             thread.join()
 
 
+def energy_j(uuid: str | None = None) -> float:
+    """Joules that the board has drawn since its driver was loaded. Raises what NVML raises when it does not say."""
+    nvml = _nvml()
+    return nvml.nvmlDeviceGetTotalEnergyConsumption(_handle(nvml, uuid)) / 1000
+
+
+def power_w(uuid: str | None = None) -> float:
+    """Watt of the board now; of boards that do not give the power of the moment, NVML's average of up to one second."""
+    nvml = _nvml()
+    handle = _handle(nvml, uuid)
+    try:
+        field = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_POWER_INSTANT])[0]
+        if field.nvmlReturn == 0 and field.value.uiVal:
+            return field.value.uiVal / 1000
+    except (nvml.NVMLError, AttributeError):  # an older card, or an older NVML
+        pass
+    return nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+
+
 @functools.cache
 def _nvml() -> Any:
     """The NVML module, opened for the life of this process: opening it takes longer than a sample may."""
@@ -129,9 +148,13 @@ def _nvml() -> Any:
     return nvml
 
 
+def _handle(nvml: Any, uuid: str | None) -> Any:
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") if uuid else nvml.nvmlDeviceGetHandleByIndex(0)
+
+
 def _from_nvml(uuid: str | None) -> dict[str, Any]:
     nvml = _nvml()
-    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") if uuid else nvml.nvmlDeviceGetHandleByIndex(0)
+    handle = _handle(nvml, uuid)
 
     def ask(name: str, *args: Any) -> Any:
         return _try(nvml, name, handle, *args)
