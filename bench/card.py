@@ -122,10 +122,19 @@ def read_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
 
     The buffer is at most a quarter of free memory; on a CPU whose L3 is larger, the figure says how fast that L3 is.
     """
+    return _bandwidth(device, seconds, "copy" if device.type == "cuda" else "read")
+
+
+def bandwidths(device: torch.device, seconds: float = 0.5) -> dict[str, float]:
+    """Bytes per second that are only read, and that a copy moves, both ways: {"read", "copy"}."""
+    return {kind: _bandwidth(device, seconds, kind) for kind in ("read", "copy")}
+
+
+def _bandwidth(device: torch.device, seconds: float, kind: str) -> float:
     size = max(4 * last_level_cache(device), 2**28)
     size = min(size, 2**30 if device.type == "cpu" else 2**32, free_bytes(device) // 4)
     source = torch.ones(size // 4, dtype=torch.int32, device=device)
-    if device.type == "cuda":
+    if kind == "copy":
         target = torch.empty_like(source)
         work, moved = (lambda: target.copy_(source)), 2 * source.numel() * 4
     else:
@@ -149,6 +158,18 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return 2**31
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of the card, or of this machine as far as the container may use it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = 2**31
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        if line.startswith("MemTotal"):
+            found = int(line.split()[1]) * 1024
+    limit = _read("/sys/fs/cgroup/memory.max") or ""
+    return min(found, int(limit)) if limit.isdecimal() else found
 
 
 def _environment() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench_attention, console, manual
+from . import bench_attention, bench_card, console, manual
 from .bench_options import AsJson, words
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
 
 @app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
 def bench_model(
@@ -83,6 +84,11 @@ def bench_ops(
 
 app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(
     bench_attention.bench_attention
+)
+
+
+app.command("card", help=manual.BENCH_CARD, short_help="Roofs of this machine, for percard plan.")(
+    bench_card.bench_card
 )
 
 

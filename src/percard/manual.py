@@ -111,6 +111,16 @@ Compared with its reference at these heads first; then in turn with scaled_dot_p
 into rows. Caches rotate, so that memory is cold. Bytes of a token are measured from the tensors.
 """
 
+BENCH_CARD = """The roofs of this machine, measured, as a row that `percard plan` takes: memory, products of each type, noise.
+
+\b
+  percard bench card --out card.json                    seconds on a card, a minute on a CPU
+  percard plan qwen3-0.6b --card-file card.json --card cpu-intel-xeon-amx-int8-2t
+  percard bench card --device cpu --id our-host --out cards.json     adds its row to a table of your own
+
+A roof is the best body seen, torch's or percard's; which one, at which shape, stands in the row. Let nothing else run.
+"""
+
 BENCH_SLOT = """One command for a card that is free for ten minutes: agreement, ops against bf16, a model; one folder.
 
 \b
