@@ -134,8 +134,11 @@ class Config:
 
 
 def shape_names() -> list[str]:
-    """Names that `shape:<name>` knows: the configurations shipped beside this package."""
-    return sorted(path.stem for path in SHAPES.glob("*.json"))
+    """Names that `shape:<name>` knows: the configurations shipped beside this package that the engine runs."""
+    kinds = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")).get("model_type") for path in SHAPES.glob("*.json")
+    }
+    return sorted(name for name, kind in kinds.items() if kind in MODEL_TYPES)
 
 
 def load_config(source: str | Path) -> Config:
@@ -145,7 +148,8 @@ def load_config(source: str | Path) -> Config:
         name = text.removeprefix("shape:").lower()
         path = SHAPES / f"{name}.json"
         if name not in shape_names():
-            raise FormatError(f"no shape {name!r}; known: {', '.join(shape_names())}")
+            only = "is for `percard plan` only, the engine does not run it" if path.is_file() else "is not there"
+            raise FormatError(f"shape {name!r} {only}; known: {', '.join(shape_names())}")
     else:
         folder = Path(source)
         path, name = folder / "config.json", folder.resolve().name
