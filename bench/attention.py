@@ -26,12 +26,11 @@ from ..formats.kvcache import KVPages, KVSpec
 from ..formats.spec import FormatError
 from ..kernels import conformance
 from ..kernels.op import Cost, Op, Unsupported, native_isa
-from . import card, clock, ops, record
-from . import roof as roof_module
+from . import card, cells, clock, ops
 from .attention_rivals import DTYPE, Calls, Problem, Rows, arguments, copies_of, rivals
+from .here import Here
 from .record import Record
 from .stage import Cell
-from .worker import run_here
 
 OPERATIONS = ("attention_decode", "attention_prefill", "kv_append", "gather_dequantize")
 MODELS = {"qwen3-0.6b": (16, 8, 128), "qwen3-8b": (32, 8, 128), "qwen3-32b": (64, 8, 128), "qwen2.5-7b": (28, 4, 128)}
@@ -245,6 +244,22 @@ def plan(
     return found
 
 
+def choice(size: str | None, device: str) -> dict[str, Sequence[Any]]:
+    """The arguments of `plan` that `--quick` (under two minutes) and `--full` (hours) mean on a device, or neither."""
+    quick, full, on_card = size == "quick", size == "full", device == "cuda"
+    known = tuple(o for o in OPERATIONS if o in ops.OPS)
+    contexts = (8192, 32768)
+    if quick:
+        contexts = (32768,) if on_card else (2048,)
+    return {
+        "names": known if full else OPERATIONS[:1],
+        "specs": ("bf16", "int8") if quick else ("bf16", "int8", "k8v4", "int4"),
+        "contexts": (2048, *contexts, 131072) if full else contexts,
+        "batches": (1,) if quick else (1, 8, 32) if full else (1, 8),
+        "heads": tuple(MODELS.values()) if full else (MODELS["qwen3-8b"],),
+    }
+
+
 def for_slot(on_card: bool) -> list[Problem]:
     """What a slot times, by worth: on a card at Qwen3-8B's heads up to 128k tokens, on a CPU enough to try the run."""
     heads = [MODELS["qwen3-8b"]] if on_card else [(4, 2, 32)]
@@ -287,11 +302,7 @@ def heads_of(words: Sequence[str]) -> list[tuple[int, int, int]]:
 
 
 def run(
-    names: Sequence[str] = ("attention_decode",),
-    specs: Sequence[str] = ("bf16", "int8", "k8v4", "int4"),
-    contexts: Sequence[int] = (8192, 32768),
-    batches: Sequence[int] = (1, 8),
-    heads: Sequence[tuple[int, int, int]] = ((32, 8, 128),),
+    todo: Sequence[Problem],
     *,
     impl: str | None = None,
     rounds: int = 7,
@@ -299,29 +310,17 @@ def run(
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     command: str = "",
+    **resume: Any,
 ) -> list[Record]:
-    """Times the ops here and now, a Record per problem; `out` appends each to a JSONL file. A problem that fails is a record too."""
+    """Times problems (of `plan`) here and now, a Record each; `out` is gone on with, `resume` as in cells.run.
+
+    A problem that fails is a record too.
+    """
     say = progress or (lambda words: None)
-    where = device or card.default_device()
-    todo = plan(names, specs, contexts, batches, heads)
-    shared = next(roof_module.measure(where.type))
-    noisy, words = shared.pop("noisy"), shared.pop("words")
-    say(words)
-    code = record.code_section(command)
-    roof = shared["card"].get("roof") or {"copy_gbs": shared["cpu"].get("read_gbs")}
-    records = []
-    for number, p in enumerate(todo, 1):
-        rows: list[dict[str, Any]] = []
-        arguments = {**vars(p), "device": where.type, "impl": impl, "rounds": rounds, "roof": roof}
-        outcome = run_here(f"{__name__}:cell", arguments, rows.append)
-        row: dict[str, Any] = rows[-1] if rows else {"status": outcome.status, "error": outcome.error}
-        words = row.pop("words", None) or (row.get("error") or {}).get("message", "")
-        row["clock"] = {**row.get("clock", {}), "noisy": noisy}
-        row["card"] = {**shared["card"], **row.get("card", {})}
-        key = record.cell_key(case=p.name, impl=impl, rounds=rounds, machine=shared["cpu"]["model"])
-        full = {"env": shared["env"], "cpu": shared["cpu"], "code": {**code, "op_source_hash": ops.source_hash(p.op)}}
-        records.append(Record(cell_key=key, **p.sections(), **full, **row))
-        if out is not None:
-            record.append(out, records[-1])
-        say(f"{number}/{len(todo)} {p.name}: {words}")
-    return records
+    machine = Here(device or card.default_device(), say, command)
+    made = []
+    for p in todo:
+        given = {**vars(p), "impl": impl, "rounds": rounds}
+        seconds = 2.0 + (0.0 if machine.where.type == "cuda" else rounds * p.batch * p.context / 50_000)
+        made.append(machine.cell(p.name, cell, given, p.sections(), ops.source_hash(p.op), seconds))
+    return cells.run(made, None if out is None else Path(out), say=say, **resume)

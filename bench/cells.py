@@ -22,10 +22,16 @@ from typing import Any
 
 from . import record
 from .record import FAILURES, SETTLED, Record
-from .worker import outcome_of
+from .worker import is_poison, outcome_of
 
 Say = Callable[[str], None]
 ENDINGS = (*FAILURES, "refused")  # of a row after which a cell made no other
+
+
+class Cut(RuntimeError):
+    """The run ended early and what is in the file is valid; the text says why. Exit code 5."""
+
+    code = 5
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,9 @@ def run(
     """Records of all cells, in their order: those that `out` holds already and those that were measured now.
 
     `retry` measures failed cells again, `force` all; `dry_run` tells what would be measured and gives what is there. A
-    cell that raises is a row that says so. A disk without room (OSError) and an interrupt end the run; what was measured
-    stays in `out`, and a note on the exception says how many cells that are.
+    cell that raises is a row that says so. A disk without room (OSError), an interrupt, and an error after which the card
+    answers every call with the same one (Cut) end the run; what was measured stays in `out`, and a note on the exception
+    says how many cells that are.
     """
     known = {} if force else settled(out, retry=retry)
     found: list[list[Record]] = [rows_of(cell, known) for cell in cells]
@@ -83,6 +90,9 @@ def run(
         eta = f" ETA {_clock(left)}" if place + 1 < len(waiting) else ""
         words = in_words(found[i][-1]) if found[i] else "gave no record"
         say(f"{done}/{len(cells)} {100 * done // len(cells)} %{eta}  {cells[i].name}: {words}")
+        if left and found[i] and is_poison(found[i][-1].error):
+            with _keeping(out, done, len(cells)):
+                raise Cut(f"{cells[i].name} left the card's context unusable; the cells after it need a new process")
     return [row for rows in found for row in rows]
 
 
@@ -168,7 +178,7 @@ def _keeping(out: Path | None, done: int, total: int) -> Any:
     """An interrupt or a disk without room says what stays."""
     try:
         yield
-    except (KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, OSError, Cut) as error:
         if out is None:
             error.add_note("nothing was kept: --out FILE.jsonl keeps what is measured")
         else:

@@ -52,10 +52,9 @@ from ..kernels.rmsnorm_quantize import rmsnorm_quantize
 from ..kernels.shapes import LAYERS, Case, activations, generator, weight
 from ..kernels.silu_mul_quantize import cases as silu_mul_quantize_cases
 from ..kernels.silu_mul_quantize import silu_mul_quantize
-from . import board, card, clock, record, rivals
-from . import roof as roof_module
+from . import board, card, cells, clock, rivals
+from .here import Here
 from .record import Record
-from .worker import run_here
 
 OPS: dict[str, tuple[Op, ModuleType]] = {
     op.name: (op, cases)
@@ -111,10 +110,15 @@ def check(op: str, impl: str, case: str, device: str, seed: int) -> Iterator[dic
     found, cases = OPS[op]
     faults = conformance.faults(found, impl, cases.inputs(case_of(op, case), seed, device))
     if faults:
-        error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
-        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
+        yield _red(faults)
     else:
         yield {"status": "ok", "quality": {"gate": "green", "reasons": []}, "words": "agrees with the reference"}
+
+
+def _red(faults: list[str]) -> dict[str, Any]:
+    """The row of a body that disagrees with its reference."""
+    error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
+    return {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
 
 
 def time_case(
@@ -134,8 +138,7 @@ def time_case(
     problem = case_of(matmul.name, case)
     faults = gate(ops, problem, device, impl, seed)
     if faults:
-        error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
-        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
+        yield _red(faults)
         return
     with torch.inference_mode():
         yield _time(ops, problem, where, impl, rounds, seed, roof or {}, with_rivals)
@@ -194,21 +197,8 @@ def _time(
             continue
         turns[rival.name] = calls
     seen = card_times(turns, where, rounds) if where.type == "cuda" else cpu_times(turns, rounds)
-    return _row(
-        ops,
-        problem,
-        where,
-        impl,
-        x,
-        plain,
-        ready,
-        seen,
-        against,
-        {r.name for r in floats},
-        roof,
-        copies,
-        copies * ready.nbytes >= 4 * cache,
-    )
+    named, cold = {r.name for r in floats}, copies * ready.nbytes >= 4 * cache
+    return _row(ops, problem, where, impl, x, plain, ready, seen, against, named, roof, copies, cold)
 
 
 def _copies(nbytes: int, cache: int, where: torch.device) -> int:
@@ -331,14 +321,8 @@ def roofline(work: Cost, seconds: float, roof: Mapping[str, float], act_bits: in
     rate = roof.get("int8" if act_bits == 8 else "bf16")
     memory = work.bytes / (roof["copy_gbs"] * 1e9) if roof.get("copy_gbs") else None
     compute = work.flops / (rate * 1e12) if rate else None
-    out: dict[str, Any] = {
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "bound": None,
-        "mbu": None,
-        "mfu": None,
-        "pct_of_roof": None,
-    }
+    out: dict[str, Any] = {"bytes": work.bytes, "flops": work.flops, "bound": None}
+    out |= {"mbu": None, "mfu": None, "pct_of_roof": None}
     if memory is not None:
         best = max(memory, compute or 0.0)
         out |= {"bound": "mem" if best == memory else "compute", "pct_of_roof": 100 * best / seconds}
@@ -351,8 +335,12 @@ def linear_ops(spec: str) -> tuple[Op, ...]:
     return ops_of(QuantSpec.parse(spec))
 
 
-def plan(models: Sequence[str], specs: Sequence[str], tokens: Sequence[int] = WORTH) -> list[tuple[str, Case]]:
+def plan(
+    models: Sequence[str], specs: Sequence[str], tokens: Sequence[int] = WORTH, layers: Sequence[str] = ()
+) -> list[tuple[str, Case]]:
     """(spec, case) of every linear of `models` at `tokens`, by worth: tokens first, as ordered, then models, then specs.
+
+    `layers` are parts of a block (down, gate_up, o, qkv), () = all.
 
     FormatError names a model that has no cases, or an unknown spec; Unsupported a spec that no op serves.
     """
@@ -363,7 +351,8 @@ def plan(models: Sequence[str], specs: Sequence[str], tokens: Sequence[int] = WO
                 raise FormatError(f"no cases for model {model!r}; known: {', '.join(LAYERS)}")
             for spec in specs:
                 cases = OPS[ops_of(QuantSpec.parse(spec))[-1].name][1].CASES
-                fits = [c for c in cases if c.real and c.spec == spec and c.m == m and c.name.startswith(f"{model}.")]
+                names = tuple(f"{model}.{layer}." for layer in layers) or f"{model}."
+                fits = [c for c in cases if c.real and c.spec == spec and c.m == m and c.name.startswith(names)]
                 found += [(spec, case) for case in fits]
     return found
 
@@ -376,60 +365,65 @@ def sections(spec: str, case: Case) -> dict[str, Any]:
     return {"level": "op", "case": case.name, "shape": shape, "scheme": scheme | {"symmetric": parsed.symmetric}}
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which linears to time and how long: `layers` are parts of a block, () = all; rivals beside torch's floats or not."""
+
+    models: Sequence[str] = ("qwen3-0.6b",)
+    specs: Sequence[str] = ("w4a16-g128", "w8a8", "w4a8")
+    tokens: Sequence[int] = (1, 16, 512)
+    layers: Sequence[str] = ()
+    rounds: int = 7
+    rivals: bool = True
+
+
+def choice(size: str | None, device: str) -> Choice:
+    """What `--quick` (under two minutes) and `--full` (all there is: hours) mean on a device, or neither."""
+    if size == "quick":
+        quick = Choice(layers=("gate_up", "down"), rivals=False)
+        if device == "cuda":
+            return dataclasses.replace(quick, models=("qwen3-8b",), tokens=(1, 16, 256))
+        return dataclasses.replace(quick, specs=("w4a16-g128", "w8a8"), tokens=(1, 16), rounds=3)
+    if size == "full":
+        specs = dict.fromkeys(case.spec for _, cases in OPS.values() for case in cases.CASES if case.real and case.spec)
+        return Choice(tuple(LAYERS), tuple(specs), (*WORTH, 512, 16384), rounds=11)
+    return Choice()
+
+
 def run(
-    models: Sequence[str] = ("qwen3-0.6b",),
-    specs: Sequence[str] = ("w4a16-g128", "w8a8", "w4a8"),
-    tokens: Sequence[int] = (1, 4, 16, 64, 512),
+    chosen: Choice | None = None,
     *,
     impl: str | None = None,
-    rounds: int = 7,
     device: torch.device | None = None,
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     command: str = "",
+    **resume: Any,
 ) -> list[Record]:
-    """Times the linears of `models` here and now, a Record per spec and case; `out` appends each to a JSONL file.
+    """Times linears here and now, a Record per spec and case; `out` is gone on with, `resume` as in cells.run.
 
     A case that fails is a record that says so. FormatError for an unknown model or spec.
     """
     say = progress or (lambda words: None)
-    where = device or card.default_device()
-    todo = plan(models, specs, tokens)
+    where, chosen = device or card.default_device(), chosen or Choice()
+    todo = plan(chosen.models, chosen.specs, chosen.tokens, chosen.layers)
     if not todo:
-        raise FormatError(
-            f"no case of {', '.join(models)} has {', '.join(map(str, tokens))} tokens in {', '.join(specs)}"
-        )
-    shared = next(roof_module.measure(where.type))
-    noisy, words = shared.pop("noisy"), shared.pop("words")
-    say(words)
-    code = record.code_section(command)
-    roof = shared["card"].get("roof") or {"copy_gbs": shared["cpu"].get("read_gbs")}
-    records = []
-    for number, (spec, case) in enumerate(todo, 1):
-        rows: list[dict[str, Any]] = []
-        arguments = {
-            "spec": spec,
-            "case": case.name,
-            "device": where.type,
-            "impl": impl,
-            "rounds": rounds,
-            "roof": roof,
-        }
-        outcome = run_here(f"{__name__}:time_case", arguments, rows.append)
-        row: dict[str, Any] = rows[-1] if rows else {"status": outcome.status, "error": outcome.error}
-        words = row.pop("words", None) or (row.get("error") or {}).get("message", "")
-        row["clock"] = {**row.get("clock", {}), "noisy": noisy}
-        row["card"] = {**shared["card"], **row.get("card", {})}
-        parts = [op.name for op in ops_of(QuantSpec.parse(spec))]
-        key = record.cell_key(
-            case=case.name, spec=spec, impl=impl, rounds=rounds, machine=shared["cpu"]["model"], parts=parts
-        )
-        full = {"env": shared["env"], "cpu": shared["cpu"], "code": {**code, "op_source_hash": source_hash(*parts)}}
-        records.append(Record(cell_key=key, **sections(spec, case), **full, **row))
-        if out is not None:
-            record.append(out, records[-1])
-        say(f"{number}/{len(todo)} {spec} {case.name}: {words}")
-    return records
+        asked = (", ".join(map(str, words)) for words in (chosen.models, chosen.tokens, chosen.specs))
+        raise FormatError("no case of {} has {} tokens in {}".format(*asked))
+    machine = Here(where, say, command)
+    made = []
+    for spec, case in todo:
+        given = {"spec": spec, "case": case.name, "impl": impl, "rounds": chosen.rounds, "with_rivals": chosen.rivals}
+        source = source_hash(*(op.name for op in linear_ops(spec)))
+        seconds = 1.2 if where.type == "cuda" else _cpu_seconds(case, chosen.rounds)
+        made.append(machine.cell(f"{spec} {case.name}", time_case, given, sections(spec, case), source, seconds))
+    return cells.run(made, None if out is None else Path(out), say=say, **resume)
+
+
+def _cpu_seconds(case: Case, rounds: int) -> float:
+    """A guess for the time left: gate and weights, then five sides that are slow at 30 GFLOP/s."""
+    flops = 2 * case.m * case.n * case.k
+    return 1.0 + flops / 1e9 + (rounds + 2) * 5 * max(_SAMPLE_S, flops / 6e10)
 
 
 def _us(sample: clock.Sample) -> dict[str, float]:

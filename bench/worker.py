@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -114,11 +114,10 @@ class Worker:
                     on_row(answer["row"])
                     continue
                 error = answer["error"]
-                text = "" if error is None else f"{error['type']}: {error['message']}".lower()
-                poisoned = any(word in text for word in _POISON)
+                poisoned = is_poison(error)
                 if poisoned:
                     self.close()
-                return Outcome(answer["end"], error, poisoned, any(word in text for word in _LOST))
+                return Outcome(answer["end"], error, poisoned, _says(error, _LOST))
 
     def close(self) -> None:
         """Ends the process and all that it started."""
@@ -214,6 +213,16 @@ def outcome_of(error: Exception) -> Outcome:
     if isinstance(error, NotImplementedError) or name == "NotComparable":  # Unsupported of kernels/op.py is one
         return Outcome("refused", _told(error))
     return Outcome("failed", _told(error))
+
+
+def is_poison(error: Mapping[str, str] | None) -> bool:
+    """Whether an error {type, message, stage} leaves a CUDA context that answers every call with it."""
+    return _says(error, _POISON)
+
+
+def _says(error: Mapping[str, str] | None, words: Sequence[str]) -> bool:
+    text = "" if error is None else f"{error['type']}: {error['message']}".lower()
+    return any(word in text for word in words)
 
 
 def _told(error: BaseException) -> dict[str, str]:

@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import console
+from .bench_options import (
+    AsJson,
+    DryRun,
+    Force,
+    Full,
+    Out,
+    Quick,
+    Retry,
+    command,
+    numbers,
+    one_of,
+    resume,
+    telling,
+    words,
+)
 
 
 def bench_attention(
-    kv: Annotated[str, typer.Option("--kv", help="Cache specs, with commas.")] = "bf16,int8,k8v4,int4",
-    context: Annotated[str, typer.Option(help="Cached tokens of a sequence, with commas.")] = "8192,32768",
-    batch: Annotated[str, typer.Option(help="Sequences, with commas.")] = "1,8",
-    heads: Annotated[str, typer.Option(help="Hq/Hkv/D or a model's name, with commas.")] = "32/8/128",
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Cache specs, with commas; default: bf16,int8,k8v4,int4.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Cached tokens of a sequence, with commas; default: 8192,32768.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences, with commas; default: 1,8.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Hq/Hkv/D or a model's name, with commas; default: 32/8/128.")
+    ] = None,
     op: Annotated[
-        str, typer.Option("--op", help="attention_decode, attention_prefill, kv_append, gather_dequantize.")
-    ] = "attention_decode",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 7,
+        str | None,
+        typer.Option("--op", help="attention_decode (default), attention_prefill, kv_append, gather_dequantize."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of A B A B; default: 7.")] = None,
     impl: Annotated[str | None, typer.Option(help="A body by name: triton, cpu.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
+    quick: Quick = False,
+    full: Full = False,
+    out: Out = None,
+    retry: Retry = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
-    from .bench import attention, slot_report
+    from .bench import attention, card, slot_report
 
-    for flag, words in (("--context", context), ("--batch", batch)):
-        if not all(word.isdigit() and int(word) for word in words.split(",")):
-            raise typer.BadParameter(f"{flag} {words}: expected whole numbers above 0 with commas")
-    records = attention.run(
-        op.split(","),
-        kv.split(","),
-        [int(word) for word in context.split(",")],
-        [int(word) for word in batch.split(",")],
-        attention.heads_of(heads.split(",")),
-        impl=impl,
-        rounds=rounds,
-        out=out,
-        progress=console.showing_steps(as_json),
-        command=" ".join(["percard", *sys.argv[1:]]),
-    )
-    raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
+    asked: dict[str, Any] = {"names": op and words(op), "specs": kv and words(kv)}
+    asked["contexts"] = context and numbers("--context", context)
+    asked["batches"] = batch and numbers("--batch", batch)
+    asked["heads"] = heads and attention.heads_of(words(heads))
+    size = one_of(quick, full)
+    chosen = attention.choice(size, card.default_device().type) | {n: value for n, value in asked.items() if value}
+    how = resume(retry, force, dry_run) | {"impl": impl, "rounds": rounds or (3 if size == "quick" else 7)}
+    with telling("bench attention", as_json, dry_run) as say:
+        records = attention.run(attention.plan(**chosen), out=out, progress=say, command=command(), **how)
+    if not dry_run:
+        raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import bench_attention, bench_card, console, manual
-from .bench_options import AsJson, words
+from .bench_options import (
+    AsJson,
+    DryRun,
+    Force,
+    Full,
+    Out,
+    Quick,
+    Retry,
+    command,
+    numbers,
+    one_of,
+    resume,
+    telling,
+    words,
+)
 
 app = typer.Typer(
     help="Measure: tokens per second against FP16, never without quality and spread beside it.",
@@ -55,31 +69,32 @@ def bench_model(
 
 @app.command("ops", help=manual.BENCH_OPS, short_help="Linears of real layers against torch and rivals.")
 def bench_ops(
-    models: Annotated[str, typer.Option(help="Whose layers, with commas.")] = "qwen3-0.6b",
-    specs: Annotated[str, typer.Option(help="Specs, with commas.")] = "w4a16-g128,w8a8,w4a8",
+    models: Annotated[str | None, typer.Option(help="Whose layers, with commas; default: qwen3-0.6b.")] = None,
+    specs: Annotated[str | None, typer.Option(help="Specs, with commas; default: w4a16-g128,w8a8,w4a8.")] = None,
     tokens: Annotated[
-        str, typer.Option(help="Rows of activations, with commas: 1 4 16 64 256 512 1024 4096 16384.")
-    ] = "1,16,512",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 7,
+        str | None, typer.Option(help="Rows of activations, with commas; default: 1,16,512 of 1 4 16 ... 16384.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of A B A B; default: 7.")] = None,
     impl: Annotated[str | None, typer.Option(help="A body by name: triton, cpu.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
+    quick: Quick = False,
+    full: Full = False,
+    out: Out = None,
+    retry: Retry = None,
+    force: Force = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    from .bench import ops, slot_report
+    from .bench import card, ops, slot_report
 
-    if not all(word.isdigit() for word in tokens.split(",")):
-        raise typer.BadParameter(f"--tokens {tokens}: expected whole numbers with commas")
-    records = ops.run(
-        words(models),
-        words(specs),
-        [int(word) for word in tokens.split(",")],
-        impl=impl,
-        rounds=rounds,
-        out=out,
-        progress=console.showing_steps(as_json),
-        command=" ".join(["percard", *sys.argv[1:]]),
-    )
-    raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
+    given = {"models": models and words(models), "specs": specs and words(specs), "rounds": rounds}
+    given["tokens"] = tokens and numbers("--tokens", tokens)
+    chosen = ops.choice(one_of(quick, full), card.default_device().type)
+    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
+    how = resume(retry, force, dry_run)
+    with telling("bench ops", as_json, dry_run) as say:
+        records = ops.run(chosen, impl=impl, out=out, progress=say, command=command(), **how)
+    if not dry_run:
+        raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
 
 
 app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(

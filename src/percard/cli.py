@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_verbs, console, manual
+from . import __version__, bench_options, bench_verbs, console, manual
 
 app = typer.Typer(
     help=manual.ROOT,
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_verbs.app, name="bench")
 
-AsJson = bench_verbs.AsJson
+AsJson = bench_options.AsJson
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 
 
@@ -138,7 +138,7 @@ def verify(
 
     with console.showing_progress(as_json) as progress:
         verdict = compose.verify(
-            dst, against, level=level, text=text, tokens=tokens, kv=bench_verbs.words(kv), progress=progress
+            dst, against, level=level, text=text, tokens=tokens, kv=bench_options.words(kv), progress=progress
         )
     _show(verdict, as_json)
     raise typer.Exit(verdict.exit_code)

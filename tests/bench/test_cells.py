@@ -16,6 +16,7 @@ from percard.bench import cells, record
 from percard.bench.cells import Cell
 from percard.bench.fair import NotComparable
 from percard.bench.record import Record
+from percard.console import describe
 
 
 class Bench:
@@ -157,6 +158,15 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         bench.run(None, "c")
     assert "--out" in caught.value.__notes__[0]
+
+
+def test_a_poisoned_card_ends_the_run(tmp_path: Path) -> None:
+    out, bench = tmp_path / "r.jsonl", Bench(b=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(cells.Cut, match="b left the card") as caught:
+        bench.run(out, "a", "b", "c")
+    assert caught.value.__notes__ == [f"2 of 3 cells are in {out} and stay there; the same command goes on"]
+    assert describe(caught.value)[0] == 5 and bench.ran == ["a", "b"]
+    assert [row.status for row in bench.run(out, "a", "b", "c")] == ["ok", "failed", "ok"] and bench.ran[2:] == ["c"]
 
 
 def full_after(calls: int) -> Callable[..., None]:

@@ -156,11 +156,10 @@ def test_a_rival_that_does_something_else_gets_no_figure(monkeypatch: pytest.Mon
 
 def test_run_writes_records_and_a_table(tmp_path: Path) -> None:
     out, said = tmp_path / "a.jsonl", []
-    found = attention.run(
-        ["gather_dequantize"], ["int8"], [100], [1], [(4, 2, 32)], rounds=2, out=out, progress=said.append, device=CPU
-    )
+    todo = attention.plan(["gather_dequantize"], ["int8"], [100], [1], [(4, 2, 32)])
+    found = attention.run(todo, rounds=2, out=out, progress=said.append, device=CPU)
     assert [r.case for r in record.read(out)] == [found[0].case] == ["gather_dequantize.4-2-32.s100.b1.n1.int8"]
-    assert said[-1].startswith("1/1 gather_dequantize") and "GB/s" in said[-1]
+    assert said[-1].startswith("1/1 100 %  gather_dequantize") and "GB/s" in said[-1]
     text = slot_report.of_records(found)
     assert "## Over a paged cache" in text and "| gather_dequantize | 4/2/32 | 100 | 1 | int8 |" in text
     assert "Linears" not in text

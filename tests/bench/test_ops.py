@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from percard.bench import ops, record, rivals
+from percard.bench import here, ops, record, rivals
 from percard.formats.affine import dequantize
 from percard.formats.spec import FormatError
 from percard.kernels import conformance
@@ -148,16 +148,42 @@ def test_source_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ops.source_hash.cache_clear()
 
 
-def test_run_writes_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, quick: None) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose roofs are known at once."""
+    row = {"env": {}, "cpu": {"model": "x"}, "card": {}, "noisy": [], "words": "a machine"}
+    monkeypatch.setattr(here.roof, "measure", lambda device: iter([row]))
+
+
+def test_run_writes_records_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, quick: None, measured: None
+) -> None:
     case = ops.case_of("matmul_w8a8", TINY["w8a8"])
-    monkeypatch.setattr(ops, "plan", lambda *args: [("w8a8", case), ("w8a8", replace(case, name="not there"))])
-    monkeypatch.setattr(
-        ops.roof_module,
-        "measure",
-        lambda device: iter([{"env": {}, "cpu": {"model": "x"}, "card": {}, "noisy": [], "words": ""}]),
-    )
+    todo = [("w8a8", case), ("w8a8", replace(case, name="not there"))]
+    monkeypatch.setattr(ops, "plan", lambda *args: todo)
     said: list[str] = []
-    found = ops.run(rounds=1, device=torch.device("cpu"), out=tmp_path / "r.jsonl", progress=said.append)
+    how: dict[str, Any] = {"device": torch.device("cpu"), "out": tmp_path / "r.jsonl", "progress": said.append}
+    chosen = ops.Choice(rounds=1)
+    found = ops.run(chosen, **how)
     assert [row.status for row in found] == ["ok", "failed"] and "not there" in found[1].error["message"]
+    assert found[1].error["stage"] == "ops.case_of" and found[1].env and found[1].code["op_source_hash"]
     assert [row.case for row in record.read(tmp_path / "r.jsonl")] == [case.name, "not there"]
-    assert len({row.cell_key for row in found}) == 2 and len(said) == 3
+    assert len({row.cell_key for row in found}) == 2 and len(said) == 3 and said[0] == "a machine"
+    assert ops.run(chosen, **how) == found and len(said) == 4 and "2 of 2 cells" in said[3]
+    assert len({row.cell_key for row in found + ops.run(replace(chosen, rounds=2), **how)}) == 4  # another measurement
+    monkeypatch.setattr(ops, "source_hash", lambda *names: "changed")
+    assert {row.cell_key for row in ops.run(chosen, **how)}.isdisjoint(row.cell_key for row in found)
+
+
+def test_sizes_of_a_run() -> None:
+    cpu, on_card, full = ops.choice("quick", "cpu"), ops.choice("quick", "cuda"), ops.choice("full", "cuda")
+    assert ops.choice(None, "cpu") == ops.Choice()
+    for chosen in (cpu, on_card):
+        todo = ops.plan(chosen.models, chosen.specs, chosen.tokens, chosen.layers)
+        assert {case.name.split(".")[-3] for _, case in todo} == {"gate_up", "down"} and not chosen.rivals
+        per_spec = {spec: sum(s == spec for s, _ in todo) for spec, _ in todo}
+        assert set(per_spec) == set(chosen.specs) and set(per_spec.values()) == {2 * len(chosen.tokens)}
+    assert len(cpu.specs) == 2 and on_card.tokens == (1, 16, 256)
+    matmuls = ("matmul_w8a8", "matmul_w4a16", "matmul_w8a16", "matmul_w4a8")
+    known = {(case.spec, case.name) for name in matmuls for case in ops.OPS[name][1].CASES if case.real}
+    assert {(spec, case.name) for spec, case in ops.plan(full.models, full.specs, full.tokens)} == known
