@@ -50,8 +50,9 @@ def load(
     `spec` rounds 16-bit linears at load (the head keeps 16 bits unless `head="int8-row"`); a quantised checkpoint
     brings its own. `dtype` of activations and 16-bit weights: the config's by default. `layers` runs the first so many
     blocks. `impl` names the body of every op, None = the first that serves. `max_len` tokens per sequence at most
-    (never above the model's context). `batch_invariant`: what quantised linears and experts give a token does not depend
-    on the other tokens, to the bit; 16-bit products and attention are torch's, which promises nothing. `share` is a synthetic model of the same shape and seed that lends its embedding
+    (never above the model's context). `batch_invariant`: the logits of a sequence do not depend on the others, to the bit
+    (invariant.py; slow, and 8 bytes for each 16-bit weight; prompts are read back from the cache; a mixture's router and its
+    16-bit experts stay torch's, which promises nothing). `share` is a synthetic model of the same shape and seed that lends its embedding
     and 16-bit head. `kv` is how caches hold keys and values: a name such as "int8", a KVSpec, one per layer, "calibrated",
     None = bf16 (bench/engine/kv.py). `progress(done, blocks)`. FormatError for anything that cannot be read.
     """

@@ -86,10 +86,14 @@ def after(config: Config, cos_sin: torch.Tensor, dtype: torch.dtype, chunk: Chun
     def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
         q, k, v = (part[0] for part in _turned(qkv, b, config, cos, sin))  # [N, heads, D]
         out = torch.empty_like(q)
-        held = _held(chunk, layer, chunk.before, config.head_dim, dtype, impl)
-        for mine, old in zip(_sequences(chunk), held, strict=True):
-            keys, values = (torch.cat((prefix, new[mine])) for prefix, new in zip(old, (k, v), strict=True))
-            out[mine] = _bottom_right(q[mine], keys, values)
+        if any(chunk.before):
+            held = _held(chunk, layer, chunk.before, config.head_dim, dtype, impl)
+            for mine, old in zip(_sequences(chunk), held, strict=True):
+                keys, values = (torch.cat((prefix, new[mine])) for prefix, new in zip(old, (k, v), strict=True))
+                out[mine] = _bottom_right(q[mine], keys, values)
+        else:
+            for mine in _sequences(chunk):
+                out[mine] = _square(q[mine], k[mine], v[mine])
         kv_append(k, v, chunk.cache.pages[layer], chunk.slots, impl=impl)
         return out.view(1, len(out), -1)
 
@@ -127,13 +131,17 @@ def _gathered(q: torch.Tensor, chunk: Chunk, layer: int, lengths: Sequence[int],
     return out
 
 
-def one(config: Config, cos_sin: torch.Tensor, cache: Cache, **how: Any) -> Attend:
-    """One new token of each sequence, which joins the cache where `cache.point` says; `how` goes to the ops."""
+def one(config: Config, cos_sin: torch.Tensor, cache: Cache, deterministic: bool = False, **how: Any) -> Attend:
+    """One new token of each sequence, which joins the cache where `cache.point` says; `how` goes to the ops.
+
+    `deterministic`: the bits of a sequence's attention depend on nothing but itself.
+    """
 
     def attend(qkv: torch.Tensor, b: Block, layer: int) -> torch.Tensor:
         pages = cache.pages[layer]
         q = _appended(qkv, b, config, cos_sin, pages, cache.positions, cache.slots, **how)
-        out, _ = attention_decode(q, pages, cache.table, cache.ends, max_kv_len=cache.room, **how)
+        over = (q, pages, cache.table, cache.ends)
+        out, _ = attention_decode(*over, max_kv_len=cache.room, deterministic=deterministic, **how)
         return out.view(*qkv.shape[:2], -1)
 
     return attend
@@ -176,6 +184,13 @@ def _held(
         chunk.cache.pages[layer], table, *some, total=sum(lengths), dtype=dtype, size=size, impl=impl
     )
     return list(zip(*(part.split(list(lengths)) for part in rows), strict=True))
+
+
+def _square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """n queries [n, H, D] over n keys and values [n, Hkv, D]: query i sees keys 0 .. i. -> [n, H, D]"""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return found[0].transpose(0, 1)
 
 
 def _bottom_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

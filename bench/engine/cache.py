@@ -11,6 +11,7 @@ import torch
 from ...formats.kvcache import BF16, PAGE, KVPages, KVSpec, new_pages, pages_of, quantize, slots_of
 from .config import Config
 
+VACANT = -1  # the length of a row that no sequence has
 _RANDOM_PAGES = 64  # that differ; a pool of them again and again reads like any other
 
 
@@ -18,10 +19,11 @@ _RANDOM_PAGES = 64  # that differ; a pool of them again and again reads like any
 class Cache:
     """`pages` of each layer, of its own spec; all layers share one table and have the same number of pages.
 
-    Sequence b owns the pages in its row of `table` int32 [B, pages] and has filled its first `lengths[b]` of `room` positions.
-    What stands after them is never read. `lengths` lies on the host: one place that knows, no device round trip to read it.
+    Sequence b owns the pages in its row of `table` int32 [B, pages] and has filled its first `lengths[b]` of `room` positions;
+    VACANT means that the row is nobody's and takes no part. What stands after them is never read. `lengths` lies on the host: one place that knows, no device round trip to read it.
     `positions` and `slots` int64 [B] and `ends` int32 [B] are what a step reads of it, on the device and always in the same
-    place (`point`). `steps` are the noted steps of models over this cache (Model.step).
+    place (`point`). `steps` are the noted steps of models over this cache (Model.step). `rooms`, where sequences do not have
+    all of `room`, says how much each has.
     """
 
     pages: tuple[KVPages, ...]
@@ -32,6 +34,7 @@ class Cache:
     slots: torch.Tensor = field(init=False)
     ends: torch.Tensor = field(init=False)
     steps: dict[Any, Any] = field(default_factory=dict)
+    rooms: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.positions = torch.zeros(self.batch, dtype=torch.int64, device=self.table.device)
@@ -105,13 +108,15 @@ class Cache:
             raise ValueError(f"cannot rewind to {length}: the cache has {self.room} positions")
         self.lengths = [length] * self.batch
 
-    def need(self, new: int) -> None:
-        """ValueError unless `new` more positions fit every sequence."""
-        if max(self.lengths) + new > self.room:
-            raise ValueError(
-                f"the cache has {self.room} positions, {max(self.lengths)} are filled and {new} more are asked for; "
-                f"make it with new_cache(batch, length={max(self.lengths) + new})"
-            )
+    def need(self, *new: int) -> None:
+        """ValueError unless `new` more positions fit: of each sequence, or one number for every one of them."""
+        each = new * self.batch if len(new) == 1 else new
+        for n, more, room in zip(self.lengths, each, self.rooms or [self.room] * self.batch, strict=True):
+            if n != VACANT and n + more > room:
+                raise ValueError(
+                    f"the cache has {room} positions, {n} are filled and {more} more are asked for; "
+                    f"make it with new_cache(batch, length={n + more})"
+                )
 
     def point(self) -> None:
         """Brings positions, slots and ends to one token after each sequence. Equal lengths bring nothing from the host."""
@@ -120,9 +125,18 @@ class Cache:
             self.positions.fill_(first)
             self.slots.copy_(self.table[:, first // PAGE]).mul_(PAGE).add_(first % PAGE)
         else:
-            self.positions.copy_(torch.tensor(self.lengths))
+            at = torch.tensor(self.lengths)
+            self.positions.copy_(at.clamp_min(0))
             self.slots.copy_(slots_of(self.table, self.positions, PAGE))
+            if VACANT in self.lengths:
+                self.slots.masked_fill_((at == VACANT).to(self.slots.device), -1)
+                self.ends.copy_(at.add_(1))
+                return
         self.ends.copy_(self.positions).add_(1)
+
+    def grow(self) -> None:
+        """Every sequence has one token more."""
+        self.lengths = [n if n == VACANT else n + 1 for n in self.lengths]
 
     def prompt_slots(self, width: int, counts: Sequence[int]) -> torch.Tensor:
         """Slots int64 [B * width] of the first `width` positions of each sequence; -1 past its count: padding has none."""

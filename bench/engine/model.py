@@ -26,7 +26,7 @@ from ...kernels.quantize_rows import quantize_rows
 from ...kernels.rmsnorm_quantize import rmsnorm_quantize
 from ...kernels.silu_mul_quantize import silu_mul_quantize
 from . import attend as attention
-from . import experts
+from . import experts, invariant
 from . import kv as caches
 from . import weights as weights_module
 from .attend import Attend, causal
@@ -100,7 +100,8 @@ def block(
         moe = b.moe
 
         def mlp(x: torch.Tensor) -> torch.Tensor:
-            normed = F.rms_norm(x, (config.hidden,), b.post_norm, eps)
+            norm = invariant.rms_norm if batch_invariant else F.rms_norm
+            normed = norm(x, (config.hidden,), b.post_norm, eps)
             return experts.run(normed, moe, matmul, impl, batch_invariant)
 
         return x, _noted(tape, mlp, x)
@@ -129,7 +130,8 @@ def _norm_matmul(
         return rows.view(x.shape), y.view(*x.shape[:-1], -1)
     if add is not None:
         _add(tape, x, add)
-    return x, matmul(_noted(tape, F.rms_norm, x, norm.shape, norm, eps), w, bias, tape=tape)
+    plain = invariant.rms_norm if how["batch_invariant"] else F.rms_norm
+    return x, matmul(_noted(tape, plain, x, norm.shape, norm, eps), w, bias, tape=tape)
 
 
 def _swiglu_matmul(
@@ -141,8 +143,8 @@ def _swiglu_matmul(
     if isinstance(w, QuantTensor) and quantizes(rows, w, impl=how["impl"], batch_invariant=how["batch_invariant"]):
         made = silu_mul_quantize(rows, impl=how["impl"], tape=tape)
         return linear_quantized(made, w, bias, gate_up.dtype, **how).view(*gate_up.shape[:-1], -1)
-    mixed = _noted(tape, lambda x: F.silu(x[..., :ffn]).mul_(x[..., ffn:]), gate_up)
-    return matmul(mixed, w, bias, tape=tape)
+    plain = invariant.silu_mul if how["batch_invariant"] else lambda x: F.silu(x[..., :ffn]).mul_(x[..., ffn:])
+    return matmul(_noted(tape, plain, gate_up), w, bias, tape=tape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +153,8 @@ class Model:
 
     `spec` None = 16-bit (or fp32) weights; `head` is "16bit" or "int8-row"; `source` names the checkpoint or shape;
     `seed` is what synthetic weights were drawn with, None = they are real; `cos_sin` is the table of rotations, fp32
-    [max_len, D]; `kv` is how caches hold keys and values, layer by layer; `mv` sends single rows through torch.mv (`one_row_linear`); `batch_invariant` is what every quantised
-    product is asked for.
+    [max_len, D]; `kv` is how caches hold keys and values, layer by layer; `mv` sends single rows through torch.mv (`one_row_linear`). `batch_invariant`: what a sequence gets depends on it alone, to the
+    bit (invariant.py, and what every op is asked for).
     """
 
     config: Config
@@ -219,6 +221,7 @@ class Model:
     def matmul(self) -> Matmul:
         """The product of activations and a weight of this model."""
         plain = one_row_linear if self.mv else linear
+        plain = invariant.product if self.batch_invariant else plain
         return functools.partial(plain, impl=self.impl, batch_invariant=self.batch_invariant)
 
     @property
@@ -282,7 +285,7 @@ class Model:
 
         Over a quantised cache every token reads keys and values back from it, its own included, as steps do.
         """
-        if not self.kv.quantised:
+        if not (self.kv.quantised or self.batch_invariant):
             return self._run(ids, self._whole(ids))
         cache = self.new_cache(*ids.shape)
         return self._packed(ids.flatten(), cache, [ids.shape[1]] * ids.shape[0], True).view(*ids.shape, -1)
@@ -322,18 +325,29 @@ class Model:
             raise ValueError(f"prefill of {batch} prompts needs a cache of {batch}, this one is for {cache.batch}")
         if len(lengths) != batch or not all(1 <= n <= width for n in lengths):
             raise ValueError(f"lengths {lengths} do not fit {batch} prompts of at most {width} tokens, at least 1 each")
-        cache.need(max(lengths))
-        if read_back or any(cache.lengths):
+        cache.need(*lengths)
+        if read_back or self.batch_invariant or any(cache.lengths):
             packed = torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)])
-            hidden = self._packed(packed, cache, lengths, read_back)[0]
-            cache.lengths = [n + m for n, m in zip(cache.lengths, lengths, strict=True)]
-            return self.head_logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
+            return self.prefill_packed(packed, cache, lengths, read_back=read_back)
         hidden = self._run(ids, self._whole(ids, cache, lengths))
         cache.lengths = list(lengths)
         if min(lengths) == width:  # no index to bring to the device
             return self.head_logits(hidden[:, -1])
         ends = torch.tensor(lengths, device=self.device) - 1
         return self.head_logits(hidden[torch.arange(batch, device=self.device), ends])
+
+    @torch.inference_mode()
+    def prefill_packed(
+        self, ids: torch.Tensor, cache: Cache, counts: Sequence[int], *, read_back: bool = False
+    ) -> torch.Tensor:
+        """`prefill` of prompts that lie one behind another in ids int64 [N]: no work goes into padding. `counts` tokens each.
+
+        With `batch_invariant` they are always read back: our attention promises bits, torch's does not.
+        """
+        cache.need(*counts)
+        hidden = self._packed(ids, cache, counts, read_back or self.batch_invariant)[0]
+        cache.lengths = [n + m for n, m in zip(cache.lengths, counts, strict=True)]
+        return self.head_logits(hidden[torch.tensor(counts, device=self.device).cumsum(0) - 1])
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -346,21 +360,22 @@ class Model:
         self._within(max(cache.lengths) + 1)
         cache.point()
         if self.device.type != "cpu":
-            logits = self._step(tokens.to(self.device), cache, None)
+            logits = self.bare_step(tokens.to(self.device), cache)
         elif self in cache.steps:
             tape, mine, logits = cache.steps[self]
             mine.copy_(tokens)
             tape.again()
         else:
             tape, mine = Tape(), tokens.clone()
-            logits = self._step(mine, cache, tape)
+            logits = self.bare_step(mine, cache, tape)
             cache.steps[self] = tape, mine, logits
-        cache.lengths = [length + 1 for length in cache.lengths]
+        cache.grow()
         return logits.to(torch.float32, copy=True)  # the next step writes over its own
 
-    def _step(self, tokens: torch.Tensor, cache: Cache, tape: Tape | None) -> torch.Tensor:
-        """Logits [B, V] in the model's type."""
-        how: dict[str, Any] = {"impl": self.impl, "tape": tape}
+    @torch.inference_mode()
+    def bare_step(self, tokens: torch.Tensor, cache: Cache, tape: Tape | None = None) -> torch.Tensor:
+        """Logits [B, V] in the model's type of a step whose place `cache.point` has said: what a graph on a card captures."""
+        how: dict[str, Any] = {"impl": self.impl, "tape": tape, "deterministic": self.batch_invariant}
         attend = attention.one(self.config, self.cos_sin, cache, **how)
         return self.matmul(self._run(tokens[:, None], attend, tape)[:, 0], self.weights.head, tape=tape)
 
@@ -416,7 +431,9 @@ class Model:
         chunk = cache.chunk(counts)
         self._within(max(n + m for n, m in zip(chunk.before, counts, strict=True)))
         if read_back:
-            attend = attention.read_back(self.config, self.cos_sin, chunk, self.impl)
+            # a body that leaves prompts to torch's attention serves when it is named
+            named = "triton" if self.batch_invariant and self.device.type == "cuda" else None
+            attend = attention.read_back(self.config, self.cos_sin, chunk, self.impl or named)
         else:
             attend = attention.after(self.config, self.cos_sin, self.dtype, chunk, self.impl)
         return self._run(ids[None], attend)
@@ -429,4 +446,5 @@ class Model:
             x, add = block(x, add, weights, self.config, layer, attend, self.matmul, **how)
         if add is not None:
             _add(tape, x, add)
-        return _noted(tape, F.rms_norm, x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)
+        norm = invariant.rms_norm if self.batch_invariant else F.rms_norm
+        return _noted(tape, norm, x, (self.config.hidden,), self.weights.norm, self.config.norm_eps)
