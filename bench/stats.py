@@ -1,10 +1,13 @@
 """Statistics of comparisons, written out because the package does without scipy: rank test, false discoveries, bootstrap.
 
     mann_whitney         are samples of B shifted against samples of A? (Mann and Whitney 1947)
+    welch                the same by the means of logarithms, for samples too few for ranks to tell (Welch 1947)
     benjamini_hochberg   of many such questions, which answers stand at a false discovery rate (Benjamini, Hochberg 1995)
     median_ratios        bootstrap draws of median(B) / median(A) (percentile bootstrap, Efron 1979)
 
-Times of one cell are neither normal nor free of outliers, so nothing here assumes that they are.
+Times of one cell are neither normal nor free of outliers, so nothing here assumes that they are, except `welch`: three
+ranks against three are the same in one of ten shuffles, however far apart. An outlier there widens the spread, which
+makes the test more careful.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 DRAWS = 2000
+FEW = 8  # samples a side from which on the rank test is used
 EXACT = 40  # samples of both sides up to which the rank test counts every arrangement
 
 
@@ -32,7 +36,7 @@ def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
     Up to 40 samples in all it is exact, ties included: of all ways to hand the ranks to the two sides, the share whose
     rank sum is as extreme. Above, the normal approximation with the correction for ties and for continuity.
     """
-    if not a or not b:
+    if len(a) == 0 or len(b) == 0:
         return 1.0
     ranks = midranks([*a, *b])
     seen = int(ranks[: len(a)].sum())
@@ -61,9 +65,50 @@ def _rank_sums(ranks: np.ndarray, chosen: int) -> list[int]:
     return list(ways[chosen])
 
 
-def least_p(n: int, m: int) -> float:
-    """The smallest p-value that so many samples can reach: both sides apart. Three and three never get below 0.1."""
-    return min(1.0, 2 / math.comb(n + m, n)) if n and m else 1.0
+def welch(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of Welch's t-test on the logarithms of positive samples; 1.0 below two samples a side."""
+    if min(len(a), len(b)) < 2:
+        return 1.0
+    sides = [np.log(np.asarray(side, dtype=np.float64)) for side in (a, b)]
+    away = float(sides[1].mean() - sides[0].mean())
+    parts = [float(side.var(ddof=1)) / len(side) for side in sides]
+    variance = sum(parts)
+    if variance <= 0:
+        return 1.0 if away == 0 else 0.0
+    freedom = variance**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
+    t2 = away**2 / variance
+    return incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t2))
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22), Lentz's way."""
+    if x <= 0 or x >= 1:
+        return min(1.0, max(0.0, x))
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast below its mean; above, the symmetry
+        return 1 - incomplete_beta(b, a, 1 - x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    tiny = 1e-300
+    c, d = 1.0, 1 / ((1 - (a + b) * x / (a + 1)) or tiny)
+    value = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for step in (even, odd):
+            d = 1 / ((1 + step * d) or tiny)
+            c = (1 + step / c) or tiny
+            value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return front * value
+
+
+def shifted(a: Sequence[float], b: Sequence[float]) -> float:
+    """The p-value of a comparison: ranks from 8 samples a side on, means of logarithms below.
+
+    Eight against eight reach 2 / 12870, which still stands among 300 cells of which one has changed; seven against seven
+    do not. The choice looks at the counts only, never at the values.
+    """
+    return mann_whitney(a, b) if min(len(a), len(b)) >= FEW else welch(a, b)
 
 
 def benjamini_hochberg(p_values: Sequence[float], rate: float = 0.05) -> list[bool]:

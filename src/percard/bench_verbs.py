@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench_attention, bench_card, console, manual
+from . import bench_attention, bench_card, bench_compare, console, manual
 from .bench_options import (
     AsJson,
     DryRun,
@@ -104,6 +104,11 @@ app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over
 
 app.command("card", help=manual.BENCH_CARD, short_help="Roofs of this machine, for percard plan.")(
     bench_card.bench_card
+)
+
+
+app.command("compare", help=manual.BENCH_COMPARE, short_help="Two runs: slower, faster, worse, missing.")(
+    bench_compare.bench_compare
 )
 
 

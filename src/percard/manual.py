@@ -131,6 +131,19 @@ BENCH_SLOT = """One command for a card that is free for ten minutes: agreement, 
 Exit code 0 complete, 4 a kernel disagrees with its reference, 5 cut but valid (time, SIGTERM, lost card).
 """
 
+BENCH_COMPARE = """Two runs of the bench, or more: what became slower, faster, worse or stopped working, and how sure that is.
+
+\b
+  percard bench compare before.jsonl after.jsonl
+  percard bench compare HEAD~1:bench/results/demo.jsonl out/demo --fail 5%
+  percard bench compare base.jsonl a.jsonl b.jsonl                columns, the first is the base
+  percard bench compare before.jsonl after.jsonl --group op --json
+
+A cell is slower when its interval excludes 1, the change exceeds --fail and twice the noise floor, and its rank test survives
+Benjamini-Hochberg over all cells. Exit code 0 no regression, 3 not comparable (card, driver, clock protocol or gate differ;
+--across prints anyway and still returns 3), 4 a regression, worse quality or a red gate.
+"""
+
 BENCH_REPORT = """The tables of records that `bench model`, `bench ops`, `bench attention`, `bench slot` or `demo` wrote.
 
 \b

@@ -38,9 +38,41 @@ def test_the_rank_test_agrees_with_known_values(a, b, p):
     assert stats.mann_whitney(b, a) == pytest.approx(p, rel=1e-9)
 
 
-def test_three_and_three_samples_never_prove_anything():
-    assert stats.least_p(3, 3) == stats.mann_whitney([1, 2, 3], [7, 8, 9]) == 0.1
-    assert stats.least_p(7, 7) == pytest.approx(2 / 3432)
+@pytest.mark.parametrize(
+    ("a", "b", "p"),
+    [  # scipy.stats.ttest_ind(np.log(a), np.log(b), equal_var=False)
+        ([1.0, 1.02, 0.99], [1.1, 1.13, 1.08], 0.005935419384936136),
+        ([1.0, 1.2], [1.1, 1.13], 0.8788253137129151),
+        ([480609.29, 480981.42, 462622.78], [2692256.0, 2650000.0, 2712345.0], 1.061096562864021e-06),
+        (
+            [19.8, 20.4, 19.6, 17.8, 18.5, 18.9, 18.3, 18.9, 19.5, 22.0],
+            [28.2, 26.6, 20.1, 23.3, 25.2, 22.1, 17.7, 27.6, 20.6, 13.7, 23.2, 17.5],
+            0.0982183045758736,
+        ),
+        ([2.0, 2.0], [2.0, 2.0], 1.0),
+        ([2.0, 2.0], [3.0, 3.0], 0.0),
+        ([2.0], [3.0, 3.1], 1.0),
+    ],
+)
+def test_welchs_test_agrees_with_known_values(a, b, p):
+    assert stats.welch(a, b) == pytest.approx(p, rel=1e-8)
+    assert stats.welch(b, a) == pytest.approx(p, rel=1e-8)
+
+
+def test_the_incomplete_beta_function_has_its_closed_forms():
+    for x in (0.01, 0.3, 0.5, 0.77, 0.999):
+        assert stats.incomplete_beta(1, 1, x) == pytest.approx(x)
+        assert stats.incomplete_beta(3, 1, x) == pytest.approx(x**3)
+        assert stats.incomplete_beta(1, 4, x) == pytest.approx(1 - (1 - x) ** 4)
+        # Student's t of one degree of freedom is Cauchy's distribution
+        t = math.sqrt((1 - x) / x)
+        assert stats.incomplete_beta(0.5, 0.5, x) == pytest.approx(1 - 2 / math.pi * math.atan(t))
+
+
+def test_three_and_three_ranks_prove_nothing_and_means_may():
+    assert stats.mann_whitney([1, 2, 3], [7, 8, 9]) == 0.1
+    assert stats.shifted([1, 1.01, 1.02], [7, 7.1, 7.2]) < 1e-6
+    assert stats.shifted(range(1, 9), range(11, 19)) == stats.mann_whitney(range(1, 9), range(11, 19)) == 2 / 12870
 
 
 def test_false_discoveries_are_bounded_as_published():
