@@ -166,7 +166,7 @@ def _row(
         "name": name,
         "device_names": [this["name"] if this else cpu["model"]],
         "arch": known["arch"] if known else "cpu" if not this else "unknown",
-        "sm": this["sm"] if this else 0,
+        "sm": this["sm"] if this else None,
         "memory_type": known["memory_type"] if known else "unknown" if this else "host",
         "memory_gb": _digits(total / 1e9),
         "memory_mib": total // 2**20,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench_attention, bench_card, bench_compare, console, manual
+from . import bench_attention, bench_card, bench_compare, bench_layer, console, manual
 from .bench_options import (
     AsJson,
     DryRun,
@@ -102,6 +102,9 @@ app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over
 )
 
 
+app.command("layer", help=manual.BENCH_LAYER, short_help="One decoder layer, or one rank's part of it.")(
+    bench_layer.bench_layer
+)
 app.command("card", help=manual.BENCH_CARD, short_help="Roofs of this machine, for percard plan.")(
     bench_card.bench_card
 )

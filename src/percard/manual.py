@@ -111,6 +111,18 @@ Compared with its reference at these heads first; then in turn with scaled_dot_p
 into rows. Caches rotate, so that memory is cold. Bytes of a token are measured from the tensors.
 """
 
+BENCH_LAYER = """One decoder layer at true shapes, 16 bits against quantised, in turn: prefill, decode, and the head beside it.
+
+\b
+  percard bench layer qwen3-1.7b --specs w8a8,w4a16-g128 --out layer.jsonl
+  percard bench layer qwen3-235b-a22b --specs w4a16-g128 --shard 4:0      what one of four cards holds
+  percard bench layer qwen3-8b --kv bf16,int8 --depth 1024,8192 --batch 1,16
+  percard bench layer qwen3-0.6b --model-records model.jsonl              do 28 layers and a head make the model?
+
+Weights are random and stand in as many copies as the model has layers, up to 1 GiB, so that memory is cold. A residual above
+15 % between the layers and the model's step is flagged.
+"""
+
 BENCH_CARD = """The roofs of this machine, measured, as a row that `percard plan` takes: memory, products of each type, noise.
 
 \b
