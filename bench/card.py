@@ -172,6 +172,42 @@ def total_bytes(device: torch.device) -> int:
     return min(found, int(limit)) if limit.isdecimal() else found
 
 
+class Peak:
+    """How many bytes more than at its start are held at the worst moment since; None where the system does not say.
+
+    A card: what torch allocated. A CPU: pages of this process (Linux), so what malloc kept from before is not seen again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._start: int | None = torch.cuda.memory_allocated(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (proc(5))
+            self._start = _status("VmRSS")
+        except OSError:
+            self._start = None
+
+    def bytes(self) -> int | None:
+        """The extra bytes so far."""
+        if self._start is None:
+            return None
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._start
+        peak = _status("VmHWM")
+        return None if peak is None else max(0, peak - self._start)
+
+
+def _status(name: str) -> int | None:
+    """A size in /proc/self/status, bytes."""
+    for line in (_read("/proc/self/status") or "").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def _environment() -> dict[str, Any]:
     return {
         "driver": _driver(),

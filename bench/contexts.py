@@ -7,7 +7,7 @@ A depth is filled with random keys and values of the scale of real ones: what at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,11 +68,15 @@ def kind_of(model: Model) -> tuple[Any, ...]:
 
 @dataclass
 class Timed:
-    """Seconds of a step of each side at one depth; `kv_bytes` of each side's cache, measured; words on what went otherwise."""
+    """Seconds of a step of each side at one depth; `kv_bytes` of each side's cache, measured; words on what went otherwise.
+
+    `extra` are bytes beside weights and cache at the worst moment, None = not known.
+    """
 
     samples: dict[str, clock.Sample]
     kv_bytes: dict[str, int]
     words: list[str]
+    extra: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def floor_pct(self) -> float:
@@ -80,8 +84,32 @@ class Timed:
         return abs(clock.ratio(self.samples["baseline"], self.samples[AGAIN]).median - 1) * 100
 
 
-def time_decode(models: Mapping[str, Model], plan: Plan, depth: int, device: torch.device) -> Timed:
-    """Seconds of one greedy step at `depth`, from `new` steps in a row (one CUDA graph on a card). "baseline" is among them."""
+class Peaks:
+    """Extra bytes of each side, from the untimed first call that clock.ab makes of it: `before` goes ahead of every call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._of, self._peak = device, "", card.Peak(device)
+        self.extra: dict[str, int | None] = {}
+
+    def before(self, name: str, turn: int) -> None:
+        if self._of:
+            self.extra.setdefault(self._of, self._peak.bytes())
+        self._of = name if turn < 0 else ""
+        if turn < 0:
+            self._peak = card.Peak(self._device)
+
+
+def time_decode(
+    models: Mapping[str, Model],
+    plan: Plan,
+    depth: int,
+    device: torch.device,
+    sustained: Callable[[str, Callable[[], Any]], None] | None = None,
+) -> Timed:
+    """Seconds of one greedy step at `depth`, from `new` steps in a row (one CUDA graph on a card). "baseline" is among them.
+
+    `sustained(name, call)` comes after the rounds, a call makes `new` steps: for what needs seconds of one side alone.
+    """
     caches: dict[tuple[Any, ...], Cache] = {}
     calls: dict[str, Callable[[], Any]] = {}
     firsts: dict[str, torch.Tensor] = {}
@@ -101,8 +129,11 @@ def time_decode(models: Mapping[str, Model], plan: Plan, depth: int, device: tor
             for _ in range(plan.new):
                 tokens = model.step(tokens, cache).argmax(dim=-1)
 
+        peak = card.Peak(device) if device.type == "cuda" else None  # a graph takes its memory when it is captured
         try:
             calls[name] = capture(steps, device)
+            if peak is not None:
+                done.extra[name] = peak.bytes()
         except RuntimeError as error:
             calls[name] = steps
             why = str(error).splitlines()[0]
@@ -110,10 +141,17 @@ def time_decode(models: Mapping[str, Model], plan: Plan, depth: int, device: tor
     calls[AGAIN], firsts[AGAIN] = calls["baseline"], firsts["baseline"]
     vocab = models["baseline"].config.vocab
 
+    peaks = Peaks(device)
+
     def before(name: str, turn: int) -> None:
         firsts[name].copy_(tokens_of(vocab, (plan.batch,), turn, device))
+        peaks.before(name, turn)
 
     whole = clock.ab(calls, rounds=plan.rounds, device=device, before=before)
+    done.extra = peaks.extra | done.extra
+    if sustained is not None:
+        for name in models:
+            sustained(name, calls[name])
     done.samples = {n: clock.Sample.of([s / plan.new for s in sample.samples]) for n, sample in whole.items()}
     return done
 

@@ -11,6 +11,7 @@ from ..formats.spec import FormatError, QuantSpec
 from . import card
 from .engine.config import Config
 from .probe import PHASES, Probe
+from .ratios import UTIL, Bound
 
 _CACHE_SHARE = 4  # weights must be so many times the cache, or a part of them never leaves it
 
@@ -24,7 +25,9 @@ class Plan:
     """What to time. `prompt` and `new` tokens, `layers` of the model (None = all, or as many as `budget_s` allows).
 
     `kv` names the caches of every quantised side, or of the 16-bit weights when there is none; the baseline's is bf16.
-    `contexts` are depths of the cache at which steps are timed, () = after the prompt.
+    `contexts` are depths of the cache at which steps are timed, () = after the prompt. `batches` is the ladder, () = `batch`
+    alone. `bound`, and `memory_gb` (None = the device's), `util` and `overhead_gb` (None = 2 GB on a card, nothing on a CPU)
+    are what bench/ratios.py needs for same_bound and max_fit; `usd_hour` prices a card. `energy` False = no window for joules.
     """
 
     prompt: int = 512
@@ -37,6 +40,47 @@ class Plan:
     seed: int = 0
     kv: tuple[str, ...] = ("bf16",)
     contexts: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
+    bound: Bound | None = None
+    memory_gb: float | None = None
+    util: float = UTIL
+    overhead_gb: float | None = None
+    usd_hour: float | None = None
+    energy: bool = True
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The batches to time, smallest first."""
+        return tuple(sorted(set(self.batches or (self.batch,))))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that a service may fill: `memory` and `overhead` in bytes, `util` a share, `of` says whose memory it is."""
+
+    memory: float
+    util: float
+    overhead: float
+    of: str
+
+    def __str__(self) -> str:
+        return f"{self.util:.0%} of {self.memory / 1e9:.1f} GB ({self.of}) less {self.overhead / 1e9:.1f} GB"
+
+
+def budget(plan: Plan, device: torch.device) -> Budget:
+    """What --memory-gb, --util and --overhead-gb say; the device's memory where nothing was given."""
+    if not 0 < plan.util <= 1:
+        raise FormatError(f"--util {plan.util:g}: expected a share above 0 and at most 1, such as 0.9")
+    for flag, value in (("--memory-gb", plan.memory_gb), ("--overhead-gb", plan.overhead_gb)):
+        if value is not None and not 0 <= value < 1e6:
+            raise FormatError(f"{flag} {value:g}: expected a size in GB")
+    if plan.memory_gb == 0:
+        raise FormatError("--memory-gb 0: expected a size above 0")
+    overhead = (2.0 if device.type == "cuda" else 0.0) if plan.overhead_gb is None else plan.overhead_gb
+    if plan.memory_gb is None:
+        whose = "this card's memory" if device.type == "cuda" else "this machine's memory"
+        return Budget(card.total_bytes(device), plan.util, 1e9 * overhead, whose)
+    return Budget(1e9 * plan.memory_gb, plan.util, 1e9 * overhead, "given")
 
 
 def choose_layers(config: Config, probes: Mapping[str, Probe], plan: Plan) -> tuple[Config, Plan]:

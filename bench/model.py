@@ -3,61 +3,64 @@
     1  a one-layer probe per phase finds the fastest float dtype of torch: that is the baseline, and it is named
     2  baseline and variants are loaded side by side through the same engine
     3  real weights pass the quality gate first (bench/quality.py); red = the row has no speed. Synthetic weights have
-       no quality: their rows say so, or carry the gate that was measured on another model
-    4  prefill of `prompt` tokens, then `new` greedy steps from that depth, or from the depths asked for, over each cache
-       asked for (bench/contexts.py): rounds in turn, median and spread
+       no quality: their rows say so, or carry the gate that was measured on another model. Each side must be the same
+       model by prompt and by step (bench/soundness.py)
+    4  at each batch of the ladder a prompt, then `new` greedy steps from that depth, or from the depths asked for, over each
+       cache asked for (bench/contexts.py): rounds in turn, median and spread
     5  the noise floor: the baseline against itself, in the same rounds
 
-One Record per side and phase. Loading and packing lie outside the timed region, quantising activations inside.
+One Record per side, phase, depth and batch, written as soon as its rounds are done: a second call with the same `out` times
+what is missing, beside a fresh baseline. Loading and packing lie outside the timed region, quantising activations inside.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
-from ..formats import compressed_tensors
-from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
-from . import card, clock, contexts, quality, record
-from .engine import Model, load, load_config
+from . import card, cells, clock, contexts, energy, model_ratios, model_rows, quality, record, roof
+from .cells import Cell
 from .engine import kv as caches
 from .engine.cache import Cache
-from .engine.config import Config
-from .fair import NotComparable, Plan, cache_noise, choose_layers, memory_fits
-from .probe import FLOATS, PHASES, Probe, probe, settle
+from .fair import NotComparable, Plan, budget, cache_noise, choose_layers, memory_fits
+from .model_rows import Machine, Measured, Setting
+from .model_sides import (
+    BASELINE,
+    Side,
+    Wanted,
+    judge,
+    load_sides,
+    needed,
+    probes_of,
+    settled,
+    sources,
+    wanted,
+    weights_hash,
+)
 from .record import Record
+from .worker import outcome_of
 
-__all__ = ["BASELINE", "NotComparable", "Plan", "Side", "run"]
+__all__ = ["BASELINE", "NotComparable", "Plan", "Side", "quality", "run"]
 
-BASELINE = "baseline"
+_RUNS = {"prefill": "prefill", "decode": "decode", "mixed": "decode"}  # the model that serves a phase
 
 
-@dataclass
-class Side:
-    """One line of the comparison: its models by phase (they share weights), how it is named, its quality section."""
+@dataclass(frozen=True)
+class Group:
+    """What is timed in the same rounds: a phase at a depth (of a prefill: the prompt) and a batch."""
 
-    name: str
-    spec: QuantSpec | None
-    head: str
-    models: dict[str, Model]
-    quality: dict[str, Any]
-    load_s: float
-    twin: bool = False  # the 16-bit head beside an int8 one: decode only
-    more: bool = False  # another cache beside the first one asked for: decode only
-
-    @property
-    def kv(self) -> caches.Layers:
-        return self.models["decode"].kv
-
-    @property
-    def timed(self) -> bool:
-        return self.quality.get("gate") != "red"
+    phase: str
+    depth: int
+    batch: int
 
 
 def run(
@@ -73,22 +76,26 @@ def run(
     device: torch.device | None = None,
     progress: Callable[[str], None] | None = None,
     command: str = "",
+    retry: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
 ) -> list[Record]:
     """Times `source` (a checkpoint, or `shape:<name>`) in 16 bits and in each of `specs`; records baseline first.
 
     A quantised checkpoint is its own spec and needs `against`, the 16-bit checkpoint it came from. Real weights need
     `text`, a held-out UTF-8 file for the gate; `gates` {spec or "baseline": quality section} brings one measured
-    elsewhere (the section names its model). `out` appends each record to a JSONL file as it is made. `progress` gets a
-    line of words per step. FormatError for bad input, NotComparable when a fair comparison is not possible here.
+    elsewhere (the section names its model). `out` appends each record to a JSONL file as it is made, and what is in it is not
+    measured again (`retry`: failed rows are; `force`: all); `dry_run` only tells what would be. `progress` gets a line of words
+    per step. FormatError for bad input, NotComparable when a fair comparison is not possible here.
     """
-    plan = plan or Plan()
-    say = progress or (lambda words: None)
-    where = device or card.default_device()
-    started = time.perf_counter()
+    plan, say = plan or Plan(), progress or (lambda words: None)
+    where, path = device or card.default_device(), None if out is None else Path(out)
     parsed = [QuantSpec.parse(s) if isinstance(s, str) else s for s in specs]
-    reference, parsed, config = _sources(source, parsed, against)
+    reference, parsed, config = sources(source, parsed, against)
     if not str(source).startswith("shape:") and text is None and gates is None:
         raise FormatError(f"{source}: real weights need a held-out text for the quality gate; give --text FILE")
+    if plan.ladder[0] < 1:
+        raise FormatError(f"batch {plan.ladder[0]}: expected at least 1")
     contexts.fits_model(plan, config)
     for name in plan.kv:  # what is not known or does not fit is told before anything is timed
         caches.of(name, config, str(source))
@@ -97,341 +104,325 @@ def run(
             raise FormatError(f"{source}: {plan.new} new tokens do not fit the context of {config.context}; give fewer")
         plan = replace(plan, prompt=config.context - plan.new)
         say(f"prompt cut to {plan.prompt} tokens: the context is {config.context}")
-    probes = _probes(config, parsed, plan, where, impl, say)
-    config, plan = choose_layers(config, probes, plan)
-    memory_fits(config, parsed, where)
-    say("timing the baseline in the float types that came near")
-    whole: dict[str, Any] = {"layers": config.layers, "max_len": plan.prompt + 1, "device": where, "seed": plan.seed}
-    probes[BASELINE] = settle(
-        probes[BASELINE], lambda dtype: load(reference, dtype=dtype, **whole), prompt=plan.prompt, batch=plan.batch
+    memory, probes = budget(plan, where), None
+    if plan.budget_s is not None and plan.layers is None:
+        probes = probes_of(config, parsed, plan, where, impl, say)
+    config, plan = choose_layers(config, probes or {}, plan)
+    found = card.fingerprint(where)
+    setting = Setting(
+        config,
+        plan,
+        str(source),
+        memory,
+        found["card"].get("uuid") or found["cpu"]["model"],
+        weights_hash(source),
+        _of(text),
     )
-    noisy = card.noise(where) + cache_noise(config, where)
-    depths = contexts.depths(plan)
-    longest = max(plan.prompt, *depths) + plan.new
-    max_len = max(longest, 0 if text is None else min(config.context, 2048))
-    sides = _load_sides(source, reference, parsed, config, plan, probes, max_len, where, impl, say)
-    contexts.fits_memory([side.models["decode"] for side in sides], plan, where)
-    _gate(sides, reference, text, gates or {}, say)
-    timed = {side.name: side for side in sides if side.timed}
-    both = {name: side for name, side in timed.items() if not (side.twin or side.more)}
-    say(f"timing prefill of {plan.prompt} tokens, {plan.rounds} rounds of {len(both)}")
-    prefills = _time_prefill(both, plan, where)
-    decodes = {}
-    for depth in depths:
-        models = {n: side.models["decode"] for n, side in timed.items() if depth == depths[0] or not side.twin}
-        say(f"timing {plan.new} decode steps at depth {depth}, {plan.rounds} rounds of {len(models) + 1}")
-        decodes[depth] = contexts.time_decode(models, plan, depth, where)
-        noisy += [words for words in decodes[depth].words if words not in noisy]
-    floor = max(found.floor_pct for found in decodes.values())
-    seconds = time.perf_counter() - started
+    asked = wanted(parsed, plan, config, source)
+    known = {} if force else cells.settled(path, retry=retry)
+    bench = _Bench(setting, asked, where, source, reference, parsed, text, gates or {}, impl, say, command)
+    todo = list(_cells(bench, known))
+    missing = {side.name for one in todo for side in one.missing}
+    if missing and not dry_run:
+        bench.load(missing, probes)
+        bench.kept.update(known)
+    records = cells.run([one.cell for one in todo], path, say=say, retry=retry, force=force, dry_run=dry_run)
+    order = {key: i for i, key in enumerate(bench.keys())}
+    records = sorted({r.cell_key: r for r in records}.values(), key=lambda r: order.get(r.cell_key, len(order)))
+    return model_ratios.completed(records, plan.bound, memory)
 
-    shared = _shared(where, floor, command)
-    shared["clock"] = {
-        "mode": "graph" if where.type == "cuda" and not any(found.words for found in decodes.values()) else "wall",
-        "l2": "warm",
-        "rounds": plan.rounds,
-        "calls_per_sample": 1,
-        "warmup": 1,
-    }
-    shared["clock"] |= {"noisy": noisy, "power": "sustained"}
-    records = []
-    for side in sides:
-        for part in _parts(side, plan, prefills, decodes):
-            row = _record(side, part, sides[0], plan, config, probes, shared, seconds)
-            records.append(row)
-            if out is not None:
-                record.append(out, row)
-    return records
+
+def _of(text: str | Path | None) -> str | None:
+    """Hash of the text that gates; a missing file is told when it is read."""
+    with suppress(OSError):
+        return None if text is None else hashlib.sha256(Path(text).read_bytes()).hexdigest()
+    return None
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one record is about: a phase, tokens in the cache before (of a prefill: the prompt), samples of all sides."""
+class _Todo:
+    """A cell, and which sides it is there to measure (none: the file has it)."""
 
-    phase: str
-    depth: int
-    samples: Mapping[str, clock.Sample]
-    kv_bytes: int | None
+    cell: Cell
+    missing: tuple[Wanted, ...]
 
 
-def _parts(
-    side: Side, plan: Plan, prefills: Mapping[str, clock.Sample], decodes: Mapping[int, contexts.Timed]
-) -> Iterator[Part]:
-    if not (side.twin or side.more):
-        yield Part("prefill", plan.prompt, prefills, None)
-    for depth, found in decodes.items():
-        if depth == next(iter(decodes)) or not side.twin:
-            yield Part("decode", depth, found.samples, found.kv_bytes.get(side.name))
+def _cells(bench: _Bench, known: Mapping[str, Record]) -> Iterator[_Todo]:
+    """A cell for each group: of all that is known, and of the baseline with all that is missing."""
+    for group in bench.groups():
+        sides = bench.sides_of(group)
+        keys = {side.name: bench.keys_of(side, group) for side in sides}
+        missing = tuple(side for side in sides if not all(key in known for key in keys[side.name]))
+        rest = [side for side in sides if side not in missing]
+        fresh = [sides[0], *(side for side in missing if side.name != BASELINE)] if missing else []
+        for some in (fresh, [side for side in rest if side not in fresh]):
+            if some:
+                flat = tuple(key for side in some for key in keys[side.name])
+                name = bench.setting.case(group.phase, group.depth, group.batch)
+                row = bench.setting.about(some[0], group.phase, group.depth, group.batch)
+                seconds = bench.predicted(group, some)
+
+                def measure(group: Group = group, some: list[Wanted] = some) -> Iterator[Record]:
+                    return bench.measure(group, [side.name for side in some])
+
+                yield _Todo(Cell(name, flat, seconds, measure, row), tuple(fresh) if some is fresh else ())
 
 
-def _sources(
-    source: str | Path, specs: list[QuantSpec], against: str | Path | None
-) -> tuple[str | Path, list[QuantSpec], Config]:
-    """(where the 16-bit weights are, specs to time, config of the source)."""
-    if str(source).startswith("shape:"):
-        if against is not None:
-            raise FormatError(f"{source}: synthetic weights are their own 16-bit side; drop --against")
-        return source, specs, load_config(source)
-    config = load_config(source)
-    opened = Checkpoint.open(Path(source))
-    if not compressed_tensors.claims(opened.config):
-        return source, specs, config
-    if specs:
-        raise FormatError(f"{source}: is quantised already, so --specs has no meaning; give the 16-bit checkpoint")
-    if against is None:
-        raise FormatError(f"{source}: is quantised; name the 16-bit checkpoint it came from with --against")
-    found = list(compressed_tensors.specs(opened.config, opened.names).values())
-    return against, [max(set(found), key=found.count)], config
+@dataclass
+class _Bench:
+    """One call of `run`: what is asked for, and once loaded the sides, the machine and what was measured so far."""
 
+    setting: Setting
+    asked: list[Wanted]
+    device: torch.device
+    source: str | Path
+    reference: str | Path
+    specs: list[QuantSpec]
+    text: str | Path | None
+    gates: Mapping[str, Mapping[str, Any]]
+    impl: str | None
+    say: Callable[[str], None]
+    command: str
+    sides: dict[str, Side] = field(default_factory=dict)
+    machine: Machine | None = None
+    kept: dict[str, Record] = field(default_factory=dict)
+    joules: energy.Source | str = "energy was not asked for"
+    idle_w: float | None = None
 
-def _probes(
-    config: Config, specs: Sequence[QuantSpec], plan: Plan, device: torch.device, impl: str | None, say: Callable
-) -> dict[str, Probe]:
-    """A probe of the baseline over all float dtypes, and of each spec over those of 16 bits: each runs in its fastest."""
-    floats = list(FLOATS) if device.type == "cpu" else [config.dtype]
-    options: dict[str, Any] = {"device": device, "prompt": plan.prompt, "batch": plan.batch}
-    say(f"probing one layer in {', '.join(FLOATS[d] for d in floats)}")
-    found = {BASELINE: probe(config, None, floats, **options)}
-    floats = [dtype for dtype in floats if dtype.itemsize == 2] or floats  # fp32 embeddings would take what we save
-    for spec in specs:
-        say(f"probing one layer in {spec}")
-        found[str(spec)] = probe(config, spec, floats, impl=impl, **options)
-    return found
+    @property
+    def plan(self) -> Plan:
+        return self.setting.plan
 
+    def groups(self) -> Iterator[Group]:
+        """Smallest batch first: the rows of the last batch have all ratios."""
+        for batch in self.plan.ladder:
+            yield Group("prefill", self.plan.prompt, batch)
+            for depth in contexts.depths(self.plan):
+                yield Group("decode", depth, batch)
 
-def _load_sides(
-    source: str | Path,
-    reference: str | Path,
-    specs: Sequence[QuantSpec],
-    config: Config,
-    plan: Plan,
-    probes: Mapping[str, Probe],
-    max_len: int,
-    device: torch.device,
-    impl: str | None,
-    say: Callable,
-) -> list[Side]:
-    """Baseline, then each variant with the head asked for and, beside an int8 head, with the 16-bit one."""
-    options: dict[str, Any] = {
-        "layers": config.layers,
-        "max_len": max_len,
-        "device": device,
-        "seed": plan.seed,
-    }
+    def prefills(self, side: Wanted) -> bool:
+        bound = self.plan.bound
+        return not side.twin and (not side.more or (bound is not None and bound.ttft_s is not None))
 
-    def models(where: str | Path, spec: QuantSpec | None, found: Probe) -> tuple[dict[str, Model], float]:
-        begin = time.perf_counter()
-        dtypes = {phase: found.fastest(phase) for phase in PHASES}
-        lender = sides[0].models["decode"] if sides else None
-        decode = load(where, spec=spec, dtype=dtypes["decode"], impl=impl if spec else None, share=lender, **options)
-        prefill = decode.with_dtype(dtypes["prefill"])
-        # Single 16-bit rows (a variant's head too) go the way that was faster for the baseline.
-        decode = replace(decode, mv=decode.dtype in probes[BASELINE].mv)
-        return {"prefill": prefill, "decode": decode}, time.perf_counter() - begin
+    def sides_of(self, group: Group) -> list[Wanted]:
+        """The baseline first."""
+        if group.phase == "prefill":
+            return [side for side in self.asked if self.prefills(side)]
+        return [side for side in self.asked if not side.twin or group.depth == contexts.depths(self.plan)[0]]
 
-    sides: list[Side] = []
-    say(f"loading {reference} in 16 bits, {config.layers} layers")
-    held, seconds = models(reference, None, probes[BASELINE])
-    sides.append(Side(BASELINE, None, "16bit", held, {}, seconds))
-    int8: Model | None = None
-    wanted: list[QuantSpec | None] = list(specs)
-    if reference != source:
-        wanted = [None]  # the checkpoint knows its own spec
+    def phases(self, side: Wanted, group: Group) -> list[str]:
+        """Rows that a side gets of a group: a decode after the prompt that was timed gives the whole as well."""
+        whole = group.phase == "decode" and group.depth == self.plan.prompt and self.prefills(side)
+        return [group.phase, "mixed"] if whole else [group.phase]
 
-    def over(held: dict[str, Model], kv: str) -> dict[str, Model]:
-        return {phase: model.with_kv(kv) for phase, model in held.items()}
+    def keys_of(self, side: Wanted, group: Group) -> list[str]:
+        return [self.setting.key(side, phase, group.depth, group.batch) for phase in self.phases(side, group)]
 
-    def add(name: str, spec: QuantSpec | None, head: str, held: dict[str, Model], seconds: float) -> None:
-        """A side for each cache; the first one asked for also prefills."""
-        for kv in plan.kv:
-            plain = not caches.of(kv, config, str(source)).quantised
-            if spec is None and plain:
-                continue  # that is the baseline
-            called = name if plain else f"{name}, {kv} cache"
-            sides.append(Side(called, spec, head, over(held, kv), {}, seconds, more=kv != plan.kv[0]))
+    def keys(self) -> Iterator[str]:
+        """All keys, side by side."""
+        for side in self.asked:
+            for group in self.groups():
+                if side in self.sides_of(group):
+                    yield from self.keys_of(side, group)
 
-    if not wanted:
-        add("16-bit weights", None, "16bit", sides[0].models, sides[0].load_s)
-    for spec in wanted:
-        say(f"loading {source} as {spec or 'what it is'}")
-        held, seconds = models(source, spec, probes[str(spec or specs[0])])
-        found = held["decode"].spec
-        name = str(found)
-        if plan.head == "int8-row":
-            begin = time.perf_counter()
-            if int8 is not None and int8.synthetic and int8.dtype == held["decode"].dtype:
-                int8 = held["decode"].with_head_of(int8)
-            else:
-                int8 = held["decode"].with_head("int8-row")
-            both = {"prefill": replace(int8, mv=False).with_dtype(held["prefill"].dtype), "decode": int8}
-            add(name, found, "int8-row", both, seconds + time.perf_counter() - begin)
-            beside = Side(f"{name} 16bit head", found, "16bit", over(held, plan.kv[0]), {}, seconds, twin=True)
-            sides.insert(len(sides) - len(plan.kv) + 1, beside)
+    def predicted(self, group: Group, sides: Sequence[Wanted]) -> float:
+        """Seconds of a cell: from bytes for steps and operations for prompts, at rates of a slow machine of its kind."""
+        config, plan = self.setting.config, self.plan
+        gbs, tops = (1500.0, 200.0) if self.device.type == "cuda" else (10.0, 0.1)
+        weights = config.layers * config.block_parameters() + config.vocab * config.hidden
+        turns = (plan.rounds + 1) * (len(sides) + (group.phase == "decode"))
+        if group.phase == "prefill":
+            work = 2 * group.batch * plan.prompt * model_rows.active_parameters(config)
+            return turns * work / (tops * 1e12)
+        steps = turns * plan.new * max(2 * weights / (gbs * 1e9), 2 * weights * group.batch / (tops * 1e12))
+        return steps + (energy.MIN_S * len(sides) if self.device.type == "cuda" and plan.energy else 0.0)
+
+    def load(self, names: Iterable[str], probes: Mapping[str, Any] | None) -> None:
+        """Everything of these sides into memory, judged; and what this machine is."""
+        plan, config, where, say = self.plan, self.setting.config, self.device, self.say
+        asked = needed(self.asked, set(names))
+        specs = [spec for spec in self.specs if any(side.spec == spec for side in asked)]
+        probes = probes or probes_of(config, specs, plan, where, self.impl, say)
+        memory_fits(config, specs, where)
+        by_batch = settled(self.reference, probes[BASELINE], config, plan, where, say)
+        noisy = card.noise(where) + cache_noise(config, where)
+        longest = max(plan.prompt, *contexts.depths(plan)) + plan.new
+        max_len = max(longest, 0 if self.text is None else min(config.context, 2048))
+        given = (self.source, self.reference, asked, config, plan, probes, by_batch, max_len, where, self.impl, say)
+        sides = load_sides(*given)
+        able = [side for side in sides if side.ended is None]
+        largest = replace(plan, batch=plan.ladder[-1])
+        contexts.fits_memory([side.model("decode", largest.batch) for side in able], largest, where)
+        judge(sides, self.reference, self.text, self.gates, plan.ladder, say)
+        self.sides = {side.name: side for side in sides}
+        self.machine = self._machine(noisy)
+        if plan.energy:
+            try:
+                self.joules = energy.source(where, self.machine.sections["card"].get("uuid"))
+                self.idle_w = energy.idle_power(self.joules)
+            except energy.NoCounter as error:
+                self.joules = str(error)
+
+    def _machine(self, noisy: list[str]) -> Machine:
+        self.say("measuring the roofs of this machine")
+        found = card.fingerprint(self.device)
+        rate, tops = card.read_bandwidth(self.device) / 1e9, roof.float_rate(self.device)
+        published = card.published_row(found["card"]["name"], found["card"]["mem_mib"]) if found["card"] else None
+        if self.device.type == "cuda":
+            found["card"] |= {"roof": {"copy_gbs": rate, "bf16": tops}}
         else:
-            add(name, found, "16bit", held, seconds)
-    return sides
+            found["cpu"] = found["cpu"] | {"read_gbs": rate}
+        found["code"] = record.code_section(self.command)
+        how = {"l2": "warm", "rounds": self.plan.rounds, "calls_per_sample": 1, "warmup": 1, "noisy": noisy}
+        spec = {"spec_gbs": published["bandwidth_gbs"], "spec_tops": published["bf16_tflops"]} if published else {}
+        return Machine(found, how | {"power": "sustained"}, rate, tops, **spec)
+
+    def measure(self, group: Group, names: Sequence[str]) -> Iterator[Record]:
+        """The rows of a group, timed, red or failed, in the order of the cell's keys."""
+        begin = perf_counter()
+        sides = [self.sides[name] for name in names]
+        timed = [side for side in sides if side.timed]
+        found = self._timed(group, timed, begin) if timed else {}
+        rows = []
+        for side in sides:
+            for phase in self.phases(side.wanted, group):
+                seen = found.get((side.name, phase))
+                rows.append(seen if isinstance(seen, Record) else self._without(group, side, phase))
+        if group.batch == self.plan.ladder[-1]:
+            before = [r for key, r in self.kept.items() if key not in {row.cell_key for row in rows}]
+            rows = model_ratios.completed([*before, *rows], self.plan.bound, self.setting.budget)[len(before) :]
+        self.kept.update({row.cell_key: row for row in rows})
+        yield from rows
+
+    def _without(self, group: Group, side: Side, phase: str) -> Record:
+        """The row of a side that was not timed: its gate is red, or it could not be loaded."""
+        assert self.machine is not None
+        if side.ended is None:
+            return model_rows.red(self.setting, self.machine, side, phase, group.depth, group.batch)
+        at = (phase, group.depth, group.batch)
+        return model_rows.failed(self.setting, side.wanted, *at, side.ended.status, side.ended.error)
+
+    def _timed(self, group: Group, sides: Sequence[Side], begin: float) -> dict[tuple[str, str], Record]:
+        """Rows by (side, phase). When the rounds of all fail, each variant is timed alone beside the baseline."""
+        try:
+            return self._rounds(group, sides, begin)
+        except (RuntimeError, NotImplementedError, MemoryError, ValueError) as error:
+            if len(sides) == 1:
+                raise
+            if len(sides) == 2:
+                outcome, side = outcome_of(error), sides[1].wanted
+                base = self._timed(group, sides[:1], begin)
+                at = (group.depth, group.batch, outcome.status, outcome.error)
+                phases = self.phases(side, group)
+                return base | {(side.name, p): model_rows.failed(self.setting, side, p, *at) for p in phases}
+        found: dict[tuple[str, str], Record] = {}
+        for side in sides[1:]:
+            found |= self._timed(group, [sides[0], side], begin)
+        return found
+
+    def _rounds(self, group: Group, sides: Sequence[Side], begin: float) -> dict[tuple[str, str], Record]:
+        """A B A B of these sides, baseline first, as rows."""
+        plan, run_id = replace(self.plan, batch=group.batch), uuid.uuid4().hex[:12]
+        models = {side.name: side.model(_RUNS[group.phase], group.batch) for side in sides}
+        self.say(
+            f"timing {self.setting.case(group.phase, group.depth, group.batch)}, {plan.rounds} rounds of {len(sides)}"
+        )
+        kv_bytes: Mapping[str, int] = {}
+        joules: dict[str, dict[str, Any]] = {}
+        machine = self.machine
+        assert machine is not None
+        if group.phase == "prefill":
+            samples, extra = _time_prefill(models, plan, self.device)
+            graph = False
+        else:
+            self.say(f"{plan.new} decode steps at depth {group.depth}")
+            seen = contexts.time_decode(models, plan, group.depth, self.device, self._windows(plan, joules))
+            samples, kv_bytes, extra = seen.samples, seen.kv_bytes, seen.extra
+            graph = self.device.type == "cuda" and not seen.words
+            machine = _noted(machine, seen)
+        found: dict[tuple[str, str], Record] = {}
+        base = sides[0]
+        ours: dict[str, tuple[clock.Sample | None, clock.Sample | None]] = {}
+        for side in sides:
+            first = samples[side.name] if group.phase == "prefill" else self._prompt_of(side.wanted, group.batch)
+            ours[side.name] = first, None if group.phase == "prefill" else samples[side.name]
+        for side in sides:
+            first, step = ours[side.name]
+            words = base.probes[group.batch].words(_RUNS[group.phase])
+            for phase in self.phases(side.wanted, group):
+                sample, against = samples[side.name], samples[base.name]
+                if phase == "mixed":
+                    theirs = ours[base.name][0]
+                    if first is None or step is None or theirs is None:
+                        error = {"type": "Missing", "message": "its prompt was not timed", "stage": "prefill"}
+                        at = (phase, group.depth, group.batch)
+                        found[side.name, phase] = model_rows.failed(self.setting, side.wanted, *at, "failed", error)
+                        continue
+                    sample = model_rows.whole(first, step, plan.new)
+                    against = model_rows.whole(theirs, samples[base.name], plan.new)
+                    few = min(len(sample.samples), len(against.samples))
+                    sample, against = (clock.Sample.of(s.samples[:few]) for s in (sample, against))
+                row = Measured(
+                    side, base, phase, group.depth, group.batch, sample, against, first, step,
+                    kv_bytes=kv_bytes.get(side.name), extra=extra.get(side.name), energy=joules.get(side.name) if phase == "decode" else None,
+                    graph=graph and phase == "decode", run_id=run_id, seconds=perf_counter() - begin,
+                )  # fmt: skip
+                found[side.name, phase] = model_rows.row(self.setting, machine, row, words)
+        return found
+
+    def _prompt_of(self, side: Wanted, batch: int) -> clock.Sample | None:
+        """Seconds of the prompt at this batch, measured before (in this call or an earlier one)."""
+        if not self.prefills(side):
+            return None
+        held = self.kept.get(self.setting.key(side, "prefill", self.plan.prompt, batch))
+        if held is None or not held.latency_us:
+            return None
+        return clock.Sample.of([t / 1e6 for t in held.latency_us["samples"]])
+
+    def _windows(self, plan: Plan, joules: dict[str, dict[str, Any]]) -> Callable[[str, Callable[[], Any]], None]:
+        """Fills the energy section of each side: a window of MIN_S where there is a counter, else the reason."""
+
+        def window(name: str, call: Callable[[], Any]) -> None:
+            if isinstance(self.joules, str):
+                joules[name] = energy.missing(self.device, self.joules)
+                return
+            made, begin = 0, perf_counter()
+            with energy.measured(self.device, found=self.joules, idle_w=self.idle_w) as meter:
+                while perf_counter() - begin < 1.02 * energy.MIN_S:
+                    call()
+                    clock.synchronize(self.device)
+                    made += plan.batch * plan.new
+            joules[name] = meter.section(made)
+
+        return window
 
 
-def _gate(
-    sides: list[Side],
-    reference: str | Path,
-    text: str | Path | None,
-    gates: Mapping[str, Mapping[str, Any]],
-    say: Callable,
-) -> None:
-    """Fills the quality section of every side: measured on `text`, brought in `gates`, or synthetic."""
-    base = sides[0].models["decode"]
-    ids = None if text is None else quality.read_ids(text, reference, 16384)
-    for side in sides:
-        # A gate that was measured elsewhere was measured with a bf16 cache, unless it is named for another.
-        kin = None if side.kv.quantised else str(side.spec) if side.spec else BASELINE
-        brought = gates.get(side.name, gates.get(kin) if kin else None)
-        weighed = side.spec is not None or side.kv.quantised
-        if ids is not None and weighed:
-            say(f"quality of {side.name} on {len(ids)} tokens")
-            found, verdict = contexts.judged(base, side.models["decode"], ids, min(base.max_len, 2048))
-            side.quality = quality.section(found, verdict, base.config.name)
-            sides[0].quality = quality.reference_section(found, base.config.name)
-        elif brought is not None:
-            side.quality = dict(brought)
-        elif base.synthetic and weighed:
-            noise = side.models["decode"].weights.sqnr_db
-            side.quality = {"gate": "synthetic", "reasons": ["speed at true shapes, quality not measured"]}
-            side.quality |= {"model": None, "sqnr_db": noise}
-        elif not side.quality:
-            side.quality = {"gate": "synthetic" if base.synthetic else "none", "reasons": [], "model": None}
+def _noted(machine: Machine, seen: contexts.Timed) -> Machine:
+    """The machine with the noise floor of these rounds and what went otherwise."""
+    sections = dict(machine.sections)
+    name = "card" if sections["card"] else "cpu"
+    sections[name] = sections[name] | {"noise_floor_pct": seen.floor_pct}
+    how = dict(machine.clock)
+    how["noisy"] = [*how["noisy"], *(words for words in seen.words if words not in how["noisy"])]
+    return replace(machine, sections=sections, clock=how)
 
 
-def _time_prefill(sides: Mapping[str, Side], plan: Plan, device: torch.device) -> dict[str, clock.Sample]:
+def _time_prefill(
+    models: Mapping[str, Any], plan: Plan, device: torch.device
+) -> tuple[dict[str, clock.Sample], dict[str, int | None]]:
+    """Seconds of a prompt of each side, and its extra bytes."""
     ids: dict[str, torch.Tensor] = {}
-    caches: dict[str, Cache] = {}
+    held: dict[str, Cache] = {}
     calls: dict[str, Callable[[], Any]] = {}
-    for name, side in sides.items():
-        model = side.models["prefill"]
-        caches[name] = model.new_cache(plan.batch, plan.prompt)
-
-        def prefill(model: Model = model, name: str = name) -> None:
-            model.prefill(ids[name], caches[name])
-
-        calls[name] = prefill
+    peaks = contexts.Peaks(device)
+    for name, model in models.items():
+        held[name] = model.new_cache(plan.batch, plan.prompt)
+        calls[name] = lambda model=model, name=name: model.prefill(ids[name], held[name])
 
     def before(name: str, turn: int) -> None:
-        ids[name] = contexts.tokens_of(
-            sides[name].models["prefill"].config.vocab, (plan.batch, plan.prompt), turn, device
-        )
-        caches[name].rewind()
+        ids[name] = contexts.tokens_of(models[name].config.vocab, (plan.batch, plan.prompt), turn, device)
+        held[name].rewind()
+        peaks.before(name, turn)
 
-    return clock.ab(calls, rounds=plan.rounds, device=device, before=before)
-
-
-def _shared(device: torch.device, noise_floor_pct: float, command: str) -> dict[str, dict[str, Any]]:
-    """Sections that every record of this run has in common."""
-    found = card.fingerprint(device)
-    rate = card.read_bandwidth(device) / 1e9
-    if device.type == "cuda":
-        found["card"] |= {"roof": {"copy_gbs": rate}, "noise_floor_pct": noise_floor_pct}
-    else:
-        found["cpu"] = found["cpu"] | {"read_gbs": rate, "noise_floor_pct": noise_floor_pct}
-    return found | {"code": record.code_section(command)}
-
-
-def _record(
-    side: Side,
-    part: Part,
-    base: Side,
-    plan: Plan,
-    config: Config,
-    probes: Mapping[str, Probe],
-    shared: Mapping[str, dict[str, Any]],
-    seconds: float,
-) -> Record:
-    phase, samples = part.phase, part.samples
-    model, spec = side.models[phase], side.spec
-    baseline = FLOATS[base.models[phase].dtype]
-    named = str(spec) if spec else FLOATS[model.dtype]
-    case = f"pp{plan.prompt}.b{plan.batch}" if phase == "prefill" else f"tg{plan.new}.d{part.depth}.b{plan.batch}"
-    case = f"{config.name}.model.{case}"
-    shape = {"batch": plan.batch, "isl": plan.prompt, "osl": plan.new, "kv_len": part.depth}
-    kept = {"kv": [str(spec) for spec in side.kv.specs]} if side.kv.quantised else {}
-    identity: dict[str, Any] = {"case": case, "shape": shape, "spec": named, "head": side.head, "layers": config.layers}
-    machine = shared["card"].get("uuid") or shared["cpu"]["model"]
-
-    def key(of: str, head: str, **more: Any) -> str:
-        found = identity | {"spec": of, "head": head} | more
-        return record.cell_key(**found, machine=machine, torch=torch.__version__)
-
-    sample = samples.get(side.name)
-    tokens: dict[str, Any] | None = None
-    latency: dict[str, Any] | None = None
-    roofline: dict[str, Any] | None = None
-    if sample is not None:
-        work = plan.batch * (plan.prompt if phase == "prefill" else 1)
-        gain = clock.ratio(samples[base.name], sample)
-        versus = {"ratio": gain.median, "ci95": [gain.lo, gain.hi], "batch": plan.batch, "batch_fp16": plan.batch}
-        rate = sample.rate(work).median
-        tokens = {
-            "tok_s_in" if phase == "prefill" else "tok_s": rate,
-            "tok_s_per_card": rate,
-            "vs_fp16": {"same_batch": versus | {"baseline_key": key(baseline, "16bit")}},
-        }
-        latency = {name: getattr(sample, name) * 1e6 for name in ("median", "lo", "hi", "iqr")}
-        latency["samples"] = [t * 1e6 for t in sample.samples]
-        roofline = _roofline(model, part, plan, sample, shared) if phase == "decode" else None
-    return Record(
-        cell_key=key(named, side.head, **kept),
-        level="model",
-        case=case,
-        seconds=seconds,
-        code=shared["code"],
-        env=shared["env"],
-        card=shared["card"],
-        cpu=shared["cpu"],
-        model={
-            "id": config.name,
-            "weights": "synthetic" if model.synthetic else "real",
-            "layers_run": config.layers,
-            "layers": load_config(model.source).layers,
-        },
-        shape=shape,
-        scheme={
-            "spec": named,
-            "kv_spec": side.kv.name if side.kv.quantised else FLOATS[model.dtype],
-            "kv_bits": side.kv.bits if side.kv.quantised else model.dtype.itemsize * 8,
-            "weight_bits": spec.weight_bits if spec else model.dtype.itemsize * 8,
-            "act_bits": spec.act_bits if spec else model.dtype.itemsize * 8,
-            "group": spec.group if spec else None,
-            "symmetric": spec.symmetric if spec else None,
-            "head": side.head,
-            "notes": list(model.notes),
-        },
-        body={
-            "impl": model.kernel,
-            "isa": model.isa,
-            "dtype": FLOATS[model.dtype],
-            "baseline_dtype": baseline,
-            "baseline_probe": probes[BASELINE].words(phase),
-            "same_fusions": model.same_fusions,
-            "attention_body": model.attention(phase),
-        },
-        clock=shared["clock"] | {"drift": bool(sample and sample.drift)},
-        latency_us=latency,
-        tokens=tokens,
-        roofline=roofline,
-        memory={
-            "weights": model.nbytes,
-            "kv": part.kv_bytes or plan.batch * part.depth * model.kv_bytes_per_token,
-            "kv_bytes_per_token": model.kv_bytes_per_token,
-            "load_s": side.load_s,
-        },
-        quality=side.quality,
-    )
-
-
-def _roofline(
-    model: Model, part: Part, plan: Plan, sample: clock.Sample, shared: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """Bytes that one decode step reads at least, and its share of the read rate measured here."""
-    depth = part.depth + plan.new / 2
-    moved = model.step_bytes(plan.batch) + plan.batch * depth * model.kv_bytes_per_token
-    roof = shared["cpu"].get("read_gbs") or shared["card"]["roof"]["copy_gbs"]
-    return {"bytes": int(moved), "bound": "mem", "pct_of_roof": 100 * moved / sample.median / (roof * 1e9)}
+    found = clock.ab(calls, rounds=plan.rounds, device=device, before=before)
+    return found, peaks.extra

@@ -64,24 +64,27 @@ def probe(
     prompt: int,
     batch: int = 1,
     impl: str | None = None,
+    phases: Sequence[str] = PHASES,
     now: Callable[[], float] = time.perf_counter,
 ) -> Probe:
     """Times one block of random weights at the true shape: `prompt` tokens at once, and one token at that depth; without a
     spec a decode has its share of the head.
 
     The same weights in each dtype, quantised to `spec` first (None = as they are). A dtype that torch cannot run is
-    left out with its reason. On a CPU a float decode of one sequence is tried through torch.mv as well.
+    left out with its reason. On a CPU a float decode of one sequence is tried through torch.mv as well. `phases` ("decode",)
+    leaves the prompt out.
     """
     seconds: dict[str, dict[torch.dtype, float]] = {phase: {} for phase in PHASES}
     failed: dict[torch.dtype, str] = {}
     mv = set()
     for dtype in dtypes:
         try:
-            taken = _one(config, spec, dtype, device, prompt, batch, impl, now)
+            taken = _one(config, spec, dtype, device, prompt, batch, impl, phases, now)
         except (RuntimeError, NotImplementedError) as error:
             failed[dtype] = f"{FLOATS[dtype]}: {str(error).splitlines()[0]}"
             continue
-        seconds["prefill"][dtype], seconds["decode"][dtype] = taken["prefill"], taken["decode"]
+        for phase in phases:
+            seconds[phase][dtype] = taken[phase]
         if taken.get("mv", float("inf")) < taken["decode"]:
             seconds["decode"][dtype] = taken["mv"]
             mv.add(dtype)
@@ -97,6 +100,7 @@ def _one(
     prompt: int,
     batch: int,
     impl: str | None,
+    phases: Sequence[str],
     now: Callable[[], float],
 ) -> dict[str, float]:
     weights = one_block(config, SyntheticSource(dtype, device, spec, 0), dtype=dtype, device=device, impl=impl)
@@ -104,7 +108,7 @@ def _one(
     copies = max(1, min(config.layers, _COLD // (2 * config.block_parameters())))
     layers = [weights] + [copied(weights) for _ in range(copies - 1)]
     turns = rope.table(config.rope, config.head_dim, prompt + 1, device)
-    x = torch.randn(batch, prompt, config.hidden, device=device).to(dtype)
+    x = torch.randn(batch, prompt if "prefill" in phases else 1, config.hidden, device=device).to(dtype)
     cache = Cache.new(config, batch, prompt + 1, dtype, device, layers=copies)
     cache.rewind(prompt)
     cache.point()
@@ -128,7 +132,7 @@ def _one(
         step()
         return tape.again
 
-    found = {"prefill": _best(prefill, device, now)}
+    found = {"prefill": _best(prefill, device, now)} if "prefill" in phases else {}
     found["decode"] = _best(decode(linear), device, now) / copies
     mv = spec is None and batch == 1 and device.type == "cpu"
     if mv:
@@ -156,7 +160,11 @@ def settle(
     One layer does not settle it: layers that differ by 2 % were seen to make models that differ by 60 %. `load` gives the
     16-bit or fp32 model. `found` itself when nothing came near.
     """
-    near = {p: [d for d, s in found.seconds[p].items() if s <= NEAR * min(found.seconds[p].values())] for p in PHASES}
+    near = {
+        p: [d for d, s in found.seconds[p].items() if s <= NEAR * min(found.seconds[p].values())]
+        for p in PHASES
+        if found.seconds[p]
+    }
     if all(len(dtypes) == 1 for dtypes in near.values()):
         return found
     seconds: dict[str, dict[torch.dtype, float]] = {phase: {} for phase in PHASES}
@@ -175,7 +183,7 @@ def settle(
             cache.rewind(prompt)
             model.step(ids[:, 0], cache)
 
-        if dtype in near["prefill"]:
+        if dtype in near.get("prefill", ()):
             seconds["prefill"][dtype] = _best(prefill, model.device, now) / layers
         if dtype in near["decode"]:
             by_row = replace(model, mv=True)

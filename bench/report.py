@@ -57,7 +57,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Of several caches and depths the first; all of them stand in report_caches.py's table.
     """
     groups: dict[str, dict[tuple[str, str], Record]] = {}
-    for record in report_caches.first_of_each(r for r in records if r.level == "model"):
+    for record in report_caches.first_of_each(r for r in records if r.level == "model" and r.status == "ok"):
         named = "baseline" if record.scheme["spec"] in _FLOATS else record.scheme["spec"]
         phase = "prefill" if ".pp" in record.case else "decode"
         groups.setdefault(named, {})[phase, record.scheme["head"]] = record
@@ -141,9 +141,13 @@ def footnotes(records: Sequence[Record]) -> list[str]:
         found.setdefault(
             "int8-row head: decode of a variant holds an int8 copy of the head; head16 = with the 16-bit head"
         )
-    for record in records:
-        if record.level != "model":
-            continue
+    models = [record for record in records if record.level == "model"]
+    floors = [record.cpu.get("noise_floor_pct", record.card.get("noise_floor_pct")) for record in models]
+    if known := [floor for floor in floors if floor is not None]:
+        found.setdefault(f"noise floor: the baseline differs from itself by {max(known):.1f} %")
+    for record in models:
+        if record.error is not None:
+            found.setdefault(f"{record.scheme.get('spec')}: {record.status}: {record.error.get('message')}")
         phase = "prefill" if ".pp" in record.case else "decode"
         if "baseline_dtype" in record.body:
             chosen, times = record.body["baseline_dtype"], record.body["baseline_probe"]
@@ -154,9 +158,6 @@ def footnotes(records: Sequence[Record]) -> list[str]:
         if quality.get("protocol"):
             # The protocol ends with the model's own dtype and head; the part all share is enough here.
             found.setdefault(f"gate on {quality['model']}: {quality['protocol'].split('; reference in')[0]}")
-        floor = record.cpu.get("noise_floor_pct", record.card.get("noise_floor_pct"))
-        if floor is not None:
-            found.setdefault(f"noise floor: the baseline differs from itself by {floor:.1f} %")
         isa = f"torch uses {record.cpu['torch_isa']}" if not record.card and "torch_isa" in record.cpu else None
         if isa:
             found.setdefault(isa + (f", our bodies {record.body['isa']}" if record.body.get("isa") else ""))

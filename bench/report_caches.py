@@ -41,25 +41,28 @@ def cache_of(record: Record) -> str | None:
 
 
 def first_of_each(records: Iterable[Record]) -> list[Record]:
-    """What the table of whole models shows of a run: of each spec its first cache, at the first depth."""
+    """What the table of whole models shows of a run: of each spec its first cache, at the first depth and the first batch."""
     held: list[Record] = []
     kinds: dict[str, list[str | None]] = {}
     for record in records:
+        if ".mix" in record.case:  # prompt and steps together: report_ratios.py
+            continue
         spec = "16bit" if record.scheme["spec"] in _FLOATS else record.scheme["spec"]
-        kind = kinds.setdefault(spec, [cache_of(record), None])
+        kind = kinds.setdefault(spec, [cache_of(record), None, None])
         if cache_of(record) != kind[0]:
             continue
-        if ".pp" not in record.case:
-            kind[1] = kind[1] or record.case
-            if record.case != kind[1]:
-                continue
+        phase = 1 if ".pp" in record.case else 2
+        kind[phase] = kind[phase] or record.case
+        if record.case != kind[phase]:
+            continue
         held.append(record)
     return held
 
 
 def rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
     """The lines of the table, none for a run over one cache of 16 bits at one depth. The 16-bit twin of an int8 head is left out."""
-    found = [r for r in records if r.level == "model" and ".pp" not in r.case]
+    found = [r for r in records if r.level == "model" and r.status == "ok" and ".tg" in r.case]
+    found = [r for r in found if r.shape["batch"] == found[0].shape["batch"]]  # of a ladder the first
     if len({(cache_of(r), r.case) for r in found}) < 2:
         return []
     heads: dict[str, str] = {}

@@ -5,6 +5,7 @@ A share of a measured roof says how good a kernel is; a share of a brochure's sa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,28 @@ def rates(device: torch.device) -> dict[str, float | None]:
         except (RuntimeError, AttributeError):  # no such units on this card, or not in this torch
             found[name] = None
     return found
+
+
+def float_rate(device: torch.device, seconds: float = 0.1) -> float:
+    """1e12 operations per second of the best 16- or 32-bit float product seen: what a model's operations are a share of.
+
+    bf16 of `rates` on a card. On a CPU the fastest of its float types at a prompt's shape, some tenths of a second in all.
+    """
+    if device.type == "cuda":
+        return rates(device)["bf16"] or 0.0
+    m, n, k = 512, 2048, 2048
+    best = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        F.linear(a, b)
+        end = time.perf_counter() + seconds
+        while True:
+            begin = time.perf_counter()
+            F.linear(a, b)
+            best = max(best, 2 * m * n * k / (time.perf_counter() - begin) / 1e12)
+            if time.perf_counter() > end:
+                break
+    return best
 
 
 def noise_floor(device: torch.device) -> float:

@@ -48,13 +48,14 @@ def texts(checkpoint, tmp_path):
 
 
 def by_case(records) -> dict:
-    return {(r.scheme["spec"], r.scheme["head"], ".pp" in r.case): r for r in records}
+    return {(r.scheme["spec"], r.scheme["head"], ".pp" in r.case): r for r in records if ".mix" not in r.case}
 
 
 def test_synthetic_weights_both_phases_both_heads(shape, tmp_path):
     out, words = tmp_path / "records.jsonl", []
     records = run(shape, ["w8a8", "w4a16-g64"], plan=PLAN, device=CPU, out=out, progress=words.append, command="c")
-    assert list(read(out)) == records
+    kept = {r.cell_key: r for r in read(out)}
+    assert len(kept) == len(records) and all(kept[r.cell_key].latency_us == r.latency_us for r in records)
     heads = [(r.scheme["spec"], r.scheme["head"]) for r in records if ".tg3.d16.b1" in r.case]
     assert heads[1:] == [("w8a8", "int8-row"), ("w8a8", "16bit"), ("w4a16-g64", "int8-row"), ("w4a16-g64", "16bit")]
     assert len([r for r in records if ".pp16.b1" in r.case]) == 3  # the 16-bit-head twins decode only
@@ -65,7 +66,7 @@ def test_synthetic_weights_both_phases_both_heads(shape, tmp_path):
         assert record.quality["gate"] == "synthetic" and record.model["weights"] == "synthetic"
         assert len(record.latency_us["samples"]) == 3 and record.code["command"] == "c"
         phase = "tok_s_in" if ".pp" in record.case else "tok_s"
-        per_call = 16 if ".pp" in record.case else 1
+        per_call = 16 if ".pp" in record.case else 3 if ".mix" in record.case else 1
         assert record.tokens[phase] == pytest.approx(per_call / record.latency_us["median"] * 1e6)
         assert record.tokens["vs_fp16"]["same_batch"]["batch_fp16"] == 1
     assert len({record.cell_key for record in records}) == len(records)
