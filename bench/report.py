@@ -149,7 +149,7 @@ def footnotes(records: Sequence[Record]) -> list[str]:
         if record.error is not None:
             found.setdefault(f"{record.scheme.get('spec')}: {record.status}: {record.error.get('message')}")
         phase = "prefill" if ".pp" in record.case else "decode"
-        if "baseline_dtype" in record.body:
+        if record.body.get("baseline_probe"):
             chosen, times = record.body["baseline_dtype"], record.body["baseline_probe"]
             found.setdefault(f"baseline of {phase}: torch {chosen}, the fastest ({times} a layer)")
             if record.body.get("dtype", chosen) != chosen:

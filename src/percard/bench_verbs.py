@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench_attention, bench_card, bench_compare, bench_layer, console, manual
+from . import bench_attention, bench_card, bench_compare, bench_layer, bench_report, console, manual
 from .bench_options import (
     AsJson,
     DryRun,
@@ -134,20 +134,6 @@ def bench_slot(
     raise typer.Exit(code)
 
 
-@app.command("report", help=manual.BENCH_REPORT, short_help="Tables of records, once more.")
-def bench_report(
-    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="Records as JSONL, or a folder with records.jsonl.")],
-    readme: Annotated[Path | None, typer.Option(help="Write the table of model runs into this file's block.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    from . import compose
-
-    records = compose.read_records(path)
-    if readme is not None:
-        compose.write_block(readme, records)
-    if as_json:
-        for record in records:
-            print(record.to_json(), flush=True)
-    else:
-        for part in compose.show_records(records):
-            console.show(part)
+app.command("report", help=manual.BENCH_REPORT, short_help="Tables of records, once more, and one page of them.")(
+    bench_report.bench_report
+)

@@ -156,10 +156,12 @@ Benjamini-Hochberg over all cells. Exit code 0 no regression, 3 not comparable (
 --across prints anyway and still returns 3), 4 a regression, worse quality or a red gate.
 """
 
-BENCH_REPORT = """The tables of records that `bench model`, `bench ops`, `bench attention`, `bench slot` or `demo` wrote.
+BENCH_REPORT = """The tables of records that any `percard bench` verb or `demo` wrote, and with --out a page with plots.
 
 \b
   percard bench report out/demo
+  percard bench report out/demo --out out/page         report.html (one file), report.md, table.csv, plots/
+  percard bench report a.jsonl b.jsonl --out out/both  several runs in one page; each is compared only with its kin
   percard bench report bench/results/demo.jsonl --readme README.md     the block between <!-- demo --> and <!-- /demo -->
 """
 
