@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from percard.bench import card, card_row, efficiency
+from percard.bench import card, card_row, card_table, efficiency
 from percard.bench.card_row import Body
 from percard.cli import run
 from percard.formats.spec import FormatError
@@ -59,6 +59,13 @@ def test_a_row_has_the_fields_of_the_table_and_says_where_each_figure_is_from() 
     assert row["arch"] == "cpu" and row["device_names"] == [card.cpu()["model"]] and efficiency.is_cpu(row["id"])
     assert row["memory_mib"] * 2**20 == pytest.approx(row["memory_gb"] * 1e9, rel=1e-3)
     assert any("gone: absent" in words for words in said)
+    held = card_table.card_of(row, "row")  # the planner takes it
+    assert (held.arch, held.confidence, held.bandwidth_gbs, held.memory_mib) == (
+        "cpu",
+        "measured",
+        20.0,
+        row["memory_mib"],
+    )
     words = "\n".join(card_row.lines(row))
     assert "20.0 GB/s read" in words and "by a at 4x1000x1000" in words and "absent      gone" in words
 

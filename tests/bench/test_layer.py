@@ -113,7 +113,7 @@ def test_a_shard_that_cannot_be_is_refused(shape: str, shard: str, spec: str, wo
 def test_bad_input_is_told_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "run", lambda *a, **k: pytest.fail("started"))
     for arguments, words in (
-        (("no-such", ["w8a8"]), "no shape"),
+        (("no-such", ["w8a8"]), "no-such"),
         (("qwen3-0.6b", ["w9a9"]), "w9a9"),
     ):
         with pytest.raises(FormatError, match=words):
