@@ -21,7 +21,7 @@ from typing import Any
 from ..formats.spec import FormatError, QuantSpec
 from .card import published
 
-ARCHES = ("ampere", "ada", "hopper", "blackwell", "cpu", "other")
+ARCHES = ("ampere", "ada", "hopper", "blackwell", "cpu", "unknown")
 CONFIDENCE = ("datasheet", "secondary", "disputed", "measured", "user")
 # field -> (unit, least, most): what a card of today can have; a slip of a unit lands outside
 RANGES: dict[str, tuple[str, float, float]] = {
@@ -38,7 +38,7 @@ RANGES: dict[str, tuple[str, float, float]] = {
 }
 _NEEDED = ("id", "name", "arch", "source", "bandwidth_gbs", "bf16_tflops")
 _WORDS = ("id", "name", "arch", "memory_type", "source", "confidence", "notes")
-_KNOWN = {*RANGES, *_WORDS, "device_names", "sm", "unverified", "alternatives"}
+_KNOWN = {*RANGES, *_WORDS, "device_names", "sm", "unverified", "alternatives", "measured"}
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 # One way between cards of one host, GB/s: half of the two-way NVLink figures of the vendor's pages (A100 600, H100 900,
 # B200 1800); cards with GDDR have none and meet over PCIe (4.0 x16: 32; Blackwell 5.0 x16: 64). None measured here.
@@ -76,8 +76,8 @@ class Card:
     def memory_basis(self) -> str:
         """Which of the two `memory` is, in words."""
         if self.memory_mib:
-            return f"{self.memory_mib:g} MiB as the driver reports"
-        return f"{self.memory_gb:g} GB nominal (no reported size is known; the driver may report more or less)"
+            return f"{self.memory_mib:.0f} MiB as the system reports"
+        return f"{self.memory_gb:g} GB nominal (no reported size is known)"
 
     def doubtful(self, *fields: str) -> bool:
         """Whether the row is disputed, or one of these fields has other published values."""
@@ -188,8 +188,12 @@ def _check_lists(row: Mapping[str, Any], where: str) -> None:
         for value in values:
             _number(value, key, f"{where}: alternatives")
     sm = row.get("sm")
-    if sm is not None and (type(sm) is not int or not 50 <= sm <= 200):
+    if sm not in (None, 0) and (type(sm) is not int or not 50 <= sm <= 200):
         raise FormatError(f"{where}: sm is {sm!r}, expected a compute capability such as 90 for 9.0, or null")
+    if not isinstance(row.get("measured") or {}, Mapping):
+        raise FormatError(
+            f"{where}: measured is {row['measured']!r}, expected what `percard bench card` wrote, or nothing"
+        )
 
 
 def _number(value: Any, key: str, where: str) -> float | None:

@@ -46,7 +46,7 @@ class Split:
     def __str__(self) -> str:
         words = f"TP{self.cards}"
         words += f" EP{self.cards}" if self.ep else ""
-        return words + (" + attention DP" if self.attention_dp else "")
+        return words + (" DPA" if self.attention_dp else "")
 
 
 ONE = Split()

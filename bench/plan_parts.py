@@ -161,9 +161,10 @@ def load_shape(model: str | Path) -> Shape:
     if text.startswith("shape:") or (known in names() and not path.exists()):
         if known not in names():
             raise FormatError(_unknown(text))
-        path = SHAPES / f"{known}.json"
+        path, text = SHAPES / f"{known}.json", f"shape:{known}"
     elif path.is_dir():
         path, known = path / "config.json", path.resolve().name
+        text = str(path)
     elif path.exists():
         known = path.resolve().parent.name if path.name == "config.json" else path.stem
     else:
@@ -174,7 +175,7 @@ def load_shape(model: str | Path) -> Shape:
         raise FormatError(f"{path}: not there; a model is a config.json or the folder that holds it") from None
     except (ValueError, OSError) as error:
         raise FormatError(f"{path}: not readable as JSON ({error}); fetch the file again") from None
-    return shape_of(raw, known, str(path))
+    return shape_of(raw, known, text)
 
 
 def _unknown(text: str) -> str:

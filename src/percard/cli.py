@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_options, bench_verbs, console, manual
+from . import __version__, bench_options, bench_verbs, console, manual, planning
 
 app = typer.Typer(
     help=manual.ROOT,
@@ -254,6 +254,9 @@ def tune(
         )
     _show(done, as_json)
     raise typer.Exit(done.exit_code)
+
+
+app.command("plan", help=manual.PLAN, short_help="How many cards, which spec, what a token costs.")(planning.verb)
 
 
 @app.command(help=manual.DEMO, short_help="The whole road on a small model, in one table.")

@@ -165,6 +165,20 @@ BENCH_REPORT = """The tables of records that any `percard bench` verb or `demo` 
   percard bench report bench/results/demo.jsonl --readme README.md     the block between <!-- demo --> and <!-- /demo -->
 """
 
+PLAN = """How many cards of which kind MODEL needs, in which spec, how fast and at what price: from sizes alone, no weights, no card.
+
+\b
+  percard plan qwen3-235b-a22b --card h20-96 --users 32 --ctx 8k     the fewest cards for each spec
+  percard plan deepseek-r1 --card h20-96 --cards 8 --spec fp8-block   what 8 cards hold, and what they lack
+  percard plan ./Qwen3-8B --card all --kv int8 --usd-hour 2           every card; exact bytes from the files
+  percard plan qwen3-32b --card h100-80-sxm --tpot 25ms --ttft 2s     only what keeps these bounds
+  percard plan qwen3-8b --card mycard-48 --card-file mine.json        a card of your own (docs/plan.md)
+  percard plan qwen3-8b --card l20-48 --explain                       every figure with its formula and source
+
+MODEL is a folder, a config.json, or a built-in name. Rates are predictions: two digits, with a basis and a band. Exit code 3
+when nothing serves the demand.
+"""
+
 INSPECT = """Compile the Triton kernels for other cards, without a card: registers, spills, MMA kind, shared memory.
 
 \b
