@@ -5,6 +5,7 @@ A share of a measured roof says how good a kernel is; a share of a brochure's sa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from . import board, card, clock
 
 _SIZE = 8192  # of the square products that make the roofs of a card
+_CPU_SAMPLE_S = 0.03  # of a sample of the noise floor on a CPU, as of the ops
 
 
 def identity(device: str) -> dict[str, Any]:
@@ -124,6 +126,9 @@ def noise_floor(device: torch.device) -> float:
         times = {name: t.graph for name, t in clock.card_ab({"a": turn, "again": turn}, device=device).items()}
     else:
         w = torch.randn(n, n, generator=random)
-        times = clock.ab({"a": lambda: F.linear(x, w), "again": lambda: F.linear(x, w)}, rounds=7, calls=20)
+        both = {"a": lambda: F.linear(x, w), "again": lambda: F.linear(x, w)}
+        once = clock.ab(both, rounds=3, calls=5)["a"].median
+        # Samples as long as those of the ops: a short one catches a neighbour whole, and would not be their noise.
+        times = clock.ab(both, rounds=7, calls=max(20, min(2000, math.ceil(_CPU_SAMPLE_S / once))))
     ratio = clock.ratio(times["a"], times["again"])
     return 100 * max(abs(ratio.lo - 1), abs(ratio.hi - 1))
