@@ -38,6 +38,10 @@ def halves(name: str, factor: float) -> compare.Comparison:
 def test_a_planted_tenth_is_found(name):
     found = halves(name, 1.10)
     assert len(found.pairs) == 20 and found.count("slower") >= 19 and found.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_planted_gain_is_found_and_no_regression(name):
     faster = halves(name, 1 / 1.10)
     assert faster.count("faster") >= 19 and faster.exit_code == 0
 

@@ -267,7 +267,14 @@ def test_a_prompt_is_computed_and_a_step_is_read():
 
 
 def test_sizes_that_make_no_sense_are_refused():
-    for wrong in ({"users": 0}, {"ctx": 10**12}, {"util": 1.5}, {"overhead_gb": -1}, {"usd_hour": 0.0}, {"tpot_s": 0.0}):
+    for wrong in (
+        {"users": 0},
+        {"ctx": 10**12},
+        {"util": 1.5},
+        {"overhead_gb": -1},
+        {"usd_hour": 0.0},
+        {"tpot_s": 0.0},
+    ):
         with pytest.raises(FormatError, match="expected"):
             plan_rows.Demand(**wrong)
     with pytest.raises(FormatError, match="--cards"):
