@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench import engine
+from .bench.vocabulary import Vocabulary
 from .formats.spec import FormatError
 from .hub import source
 
@@ -51,34 +50,17 @@ def generate(
 
 def complete(model: Model, folder: Path, prompt: str, *, max_new: int = 64, **sampling: Any) -> Completion:
     """`prompt` completed by a loaded model, with the tokenizer of `folder`; `sampling` as in Model.generate."""
-    from tokenizers import Tokenizer
-
-    vocabulary = folder / "tokenizer.json"
-    if not vocabulary.is_file():
-        raise FormatError(f"{vocabulary}: not there; text needs the model's tokenizer, copy it from the source")
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    ids = tokenizer.encode(prompt).ids
+    words = Vocabulary(folder)
+    ids = words.ids(prompt)
     if not ids:
         raise FormatError("--prompt is empty; give at least one character to go on from")
     room = model.max_len - len(ids)
     if room < 1:
         raise FormatError(f"--prompt has {len(ids)} tokens, this model takes {model.max_len}; shorten it")
-    stop = {*model.config.eos, *_stop_ids(folder)}
+    stop = {*model.config.eos, *words.stops}
     start = time.perf_counter()
     (new,) = model.generate([ids], min(max_new, room), stop=sorted(stop), **sampling)
     seconds = time.perf_counter() - start
-    # Decoded with the prompt and cut, because a tokenizer may join bytes or spaces across the border.
-    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
-    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
+    text = words.continuation(ids, new)
     spec = str(model.spec or str(model.dtype).removeprefix("torch."))
     return Completion(prompt, text, len(new), seconds, spec, model.kv.name)
-
-
-def _stop_ids(folder: Path) -> Sequence[int]:
-    """End-of-text ids of generation_config.json, which chat models extend beyond config.json's."""
-    try:
-        value = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return ()
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int)]
