@@ -248,7 +248,7 @@ def choice(size: str | None, device: str) -> dict[str, Sequence[Any]]:
     """The arguments of `plan` that `--quick` (under two minutes) and `--full` (hours) mean on a device, or neither."""
     quick, full, on_card = size == "quick", size == "full", device == "cuda"
     known = tuple(o for o in OPERATIONS if o in ops.OPS)
-    contexts = (8192, 32768)
+    contexts: tuple[int, ...] = (8192, 32768)
     if quick:
         contexts = (32768,) if on_card else (2048,)
     return {

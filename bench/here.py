@@ -14,6 +14,12 @@ from .cells import Cell, Say
 from .record import Record
 
 
+def identity(where: torch.device) -> dict[str, Any]:
+    """What of this machine makes a measurement another one: the card or CPU, what drives it, instruction sets in use."""
+    isa = native_isa() if where.type == "cpu" else None
+    return roof.identity(where.type) | {"isa": isa, "torch_isa": card.torch_isa()}
+
+
 class Here:
     """This machine. Its roofs are measured when the first cell runs, so that a run that has all cells costs nothing."""
 
@@ -21,8 +27,7 @@ class Here:
         self.where, self._say = where, say
         self._sections = card.fingerprint(where)
         self._code = record.code_section(command)
-        isa = native_isa() if where.type == "cpu" else None
-        self._machine = roof.identity(where.type) | {"isa": isa, "torch_isa": card.torch_isa()}
+        self._machine = identity(where)
 
     @functools.cached_property
     def roofs(self) -> dict[str, Any]:

@@ -40,6 +40,9 @@ CACHES: dict[str, dict[str, float]] = {
     "int4": {"kl": 0.03, "top1": 0.93, "perplexity": 0.02},
 }
 
+# Greedy answers: mean length over the reference's. MLPerf inference holds language models to the same.
+LENGTHS = (0.9, 1.1)
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -153,6 +156,13 @@ def gate_cache(quality: Quality, kv: Layers | str) -> tuple[str, list[str]]:
     name = max(held, key=list(CACHES).index)
     reasons = [f"cache {name}: {words}" for words in _beyond(quality, CACHES[name])]
     return ("red", reasons) if reasons else ("green", [])
+
+
+def gate_length(ratio: float | None) -> list[str]:
+    """What is wrong with the length of greedy answers against the reference's; [] also when the reference says nothing."""
+    if ratio is None or LENGTHS[0] <= ratio <= LENGTHS[1]:
+        return []
+    return [f"answers are {ratio:.2f} times as long as the reference's, outside {LENGTHS[0]} .. {LENGTHS[1]}"]
 
 
 def _beyond(quality: Quality, limits: Mapping[str, float]) -> list[str]:

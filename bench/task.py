@@ -68,7 +68,7 @@ class Task:
 
     @classmethod
     def load(cls, path: str | Path, limit: int | None = None) -> Task:
-        """The task in a JSONL file, its first `limit` questions. FormatError names the line and what to change."""
+        """The task in a JSONL file, `limit` of its questions evenly over it. FormatError names the line and what to change."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -78,11 +78,10 @@ class Task:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 items.append(_item(line, number, f"{path}:{number}"))
-            if limit is not None and len(items) == limit:
-                break
         if not items:
             raise FormatError(f'{path}: holds no question; a line is {{"prompt": "...", "expected": "..."}}')
-        return cls(path.stem, tuple(items))
+        count = min(limit or len(items), len(items))
+        return cls(path.stem, tuple(items[i * len(items) // count] for i in range(count)))
 
     @property
     def text(self) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from . import bench_attention, bench_card, bench_compare, bench_layer, bench_report, console, manual
+from . import bench_attention, bench_card, bench_compare, bench_ladder, bench_layer, bench_report, console, manual
 from .bench_options import (
     AsJson,
     DryRun,
@@ -86,10 +86,10 @@ def bench_ops(
 ) -> None:
     from .bench import card, ops, slot_report
 
-    given = {"models": models and words(models), "specs": specs and words(specs), "rounds": rounds}
+    given: dict[str, Any] = {"models": models and words(models), "specs": specs and words(specs), "rounds": rounds}
     given["tokens"] = tokens and numbers("--tokens", tokens)
     chosen = ops.choice(one_of(quick, full), card.default_device().type)
-    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
+    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value})
     how = resume(retry, force, dry_run)
     with telling("bench ops", as_json, dry_run) as say:
         records = ops.run(chosen, impl=impl, out=out, progress=say, command=command(), **how)
@@ -97,6 +97,9 @@ def bench_ops(
         raise typer.Exit(console.show_records(records, as_json, lambda rows: [slot_report.of_records(rows)]))
 
 
+app.command("ladder", help=manual.BENCH_LADDER, short_help="The smallest model that does your task.")(
+    bench_ladder.bench_ladder
+)
 app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(
     bench_attention.bench_attention
 )

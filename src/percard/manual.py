@@ -100,6 +100,21 @@ BENCH_OPS = """Linears of real layers against torch's floats and int8 rivals: co
 Each kernel is compared with its reference at the very shape before it is timed there. Quantising activations is inside.
 """
 
+BENCH_LADDER = """Your own task over models, specs and caches: the score against what a million tokens costs, cheapest passing pair first.
+
+\b
+  percard bench ladder --task t.jsonl --models ./Qwen3-0.6B,./Qwen3-4B --specs bf16,w8a8,w4a16-g128 --usd-hour 1.5
+  percard bench ladder --task t.jsonl --models ./Qwen3-4B,./Qwen3-4B-pruned --kv bf16,int8 --out ladder.jsonl
+  percard bench ladder --task examples/tiny-qwen3/task.jsonl --models examples/tiny-qwen3 --quick
+
+\b
+A line of the task: {"prompt": "...", "expected": "...", "score": "exact" | "regex" | "choice", "choices": [..], "max_new": 32}
+
+Each model's 16-bit self is its reference: KL, top-1, lengths of answers and the drop of the score are its gate, and a red one
+has no speed. A pair passes when its score is within --task-drop of the best 16-bit score of all models. Weights are quantised
+at load, round to nearest. With --out a run that was cut goes on. Exit code 4 when a gate is red.
+"""
+
 BENCH_ATTENTION = """Ops over a paged cache, each spec of it, against torch's attention over unquantised keys and values.
 
 \b
