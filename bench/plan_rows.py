@@ -341,4 +341,4 @@ def two(value: float) -> float:
 
 def _within(name: str, value: float, least: float, most: float, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise FormatError(f"{name} is {value!r}, expected {least:g} to {most:g}: {what}")
+        raise FormatError(f"{name} is {value!r}, expected {least:.12g} to {most:.12g}: {what}")

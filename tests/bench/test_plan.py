@@ -137,7 +137,7 @@ def test_splits_that_are_refused(model, spec, tp, words):
     found, why = splits(load_shape(model), spec_of(spec), tp)
     assert any(words in line and "take" in line for line in why)
     assert all(split.ep for split in found)
-    if load_shape(model).experts and tp == 8 or model == "qwen3-30b-a3b":
+    if (load_shape(model).experts and tp == 8) or model == "qwen3-30b-a3b":
         assert found and "expert parallel" in why[0]
 
 
