@@ -143,8 +143,7 @@ def footnotes(records: Sequence[Record]) -> list[str]:
         )
     models = [record for record in records if record.level == "model"]
     floors = [record.cpu.get("noise_floor_pct", record.card.get("noise_floor_pct")) for record in models]
-    if known := [floor for floor in floors if floor is not None]:
-        found.setdefault(f"noise floor: the baseline differs from itself by {max(known):.1f} %")
+    most = max((floor for floor in floors if floor is not None), default=None)
     for record in models:
         if record.error is not None:
             found.setdefault(f"{record.scheme.get('spec')}: {record.status}: {record.error.get('message')}")
@@ -158,6 +157,8 @@ def footnotes(records: Sequence[Record]) -> list[str]:
         if quality.get("protocol"):
             # The protocol ends with the model's own dtype and head; the part all share is enough here.
             found.setdefault(f"gate on {quality['model']}: {quality['protocol'].split('; reference in')[0]}")
+        if most is not None:
+            found.setdefault(f"noise floor: the baseline differs from itself by {most:.1f} %")
         isa = f"torch uses {record.cpu['torch_isa']}" if not record.card and "torch_isa" in record.cpu else None
         if isa:
             found.setdefault(isa + (f", our bodies {record.body['isa']}" if record.body.get("isa") else ""))

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench_attention, bench_card, bench_compare, bench_ladder, bench_layer, bench_report, console, manual
+from . import (
+    bench_attention,
+    bench_card,
+    bench_compare,
+    bench_ladder,
+    bench_layer,
+    bench_model,
+    bench_report,
+    console,
+    manual,
+)
 from .bench_options import (
     AsJson,
     DryRun,
@@ -33,38 +43,7 @@ app = typer.Typer(
 )
 
 
-@app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")
-def bench_model(
-    source: Annotated[str, typer.Argument(metavar="DIR|shape:NAME", help="A folder, or shape:qwen3-0.6b and its kin.")],
-    specs: Annotated[str, typer.Option(help="Specs to compare with FP16, with commas.")] = "",
-    against: Annotated[Path | None, typer.Option(help="The 16-bit source, when DIR is quantised already.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Held-out text for the quality gate of real weights.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Run only so many blocks; every row says so.")] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
-    new: Annotated[int, typer.Option(min=1, help="Tokens of decode, after them.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    kv: Annotated[str, typer.Option(help="Caches to decode over, with commas: bf16,int8,k8v4,int4.")] = "bf16",
-    context: Annotated[str, typer.Option(help="Depths to decode at, with commas: 1k,8k,32k; default: --prompt.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of A B A B.")] = 3,
-    head: Annotated[
-        str, typer.Option(help="Head of quantised sides: int8-row (and 16bit beside it), or 16bit.")
-    ] = "int8-row",
-    out: Annotated[Path | None, typer.Option("--out", help="Append the records to this JSONL file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    from . import compose
-
-    records = compose.bench_model(
-        source,
-        words(specs),
-        against=against,
-        text=text,
-        plan={"layers": layers, "prompt": prompt, "new": new, "batch": batch, "rounds": rounds, "head": head}
-        | {"kv": tuple(words(kv)), "contexts": context},
-        out=out,
-        progress=console.showing_steps(as_json),
-    )
-    raise typer.Exit(console.show_records(records, as_json, compose.show_records))
+app.command("model", help=manual.BENCH_MODEL, short_help="Whole models: prefill and decode.")(bench_model.bench_model)
 
 
 @app.command("ops", help=manual.BENCH_OPS, short_help="Linears of real layers against torch and rivals.")

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from .bench import contexts, engine, quality, report_caches, slot_report
+from .bench import contexts, engine, quality, report_caches, report_ratios, slot_report
 from .bench import model as bench_module
 from .bench import record as record_module
 from .bench import report as bench_report
+from .bench.ratios import Bound
 from .bench.record import Record
 from .caches import CacheGate, gate_caches, is_quantised
 from .completion import Completion, complete
@@ -185,35 +186,34 @@ def bench_model(
     plan: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    command: str = "percard bench model",
+    **how: bool,
 ) -> list[Record]:
-    """Speed of a checkpoint or `shape:<name>` in 16 bits and in `specs`; `plan` as in bench.model.Plan, contexts as "1k,8k" too."""
+    """Speed of a checkpoint or `shape:<name>` in 16 bits and in `specs`; `plan` as in bench.model.Plan, contexts as "1k,8k" and
+    a bound as "tpot=50ms" too. `how`: retry, force and dry_run of bench.model.run."""
     where = name if str(name).startswith("shape:") else source(name)
     origin = None if against is None else source(against)
     given = dict(plan or {})
     if isinstance(given.get("contexts"), str):
         given["contexts"] = contexts.parse(given["contexts"])
+    if isinstance(given.get("bound"), str):
+        given["bound"] = Bound.parse(given["bound"])
     wanted = bench_module.Plan(**given)
-    words = ["percard bench model", str(name), *(["--specs", ",".join(specs)] if specs else [])]
-    if wanted.contexts or wanted.kv != ("bf16",):
-        words += [
-            "--kv",
-            ",".join(wanted.kv),
-            *(["--context", ",".join(map(str, wanted.contexts))] if wanted.contexts else []),
-        ]
-    command = " ".join(words)
     return bench_module.run(
-        where, specs, plan=wanted, against=origin, text=text, out=out, progress=progress, command=command
+        where, specs, plan=wanted, against=origin, text=text, out=out, progress=progress, command=command, **how
     )
 
 
-def show_records(records: Sequence[Record]) -> list[RenderableType]:
-    """The tables of records: model runs with their footnotes, then ops."""
+def show_records(records: Sequence[Record], ratios: bool = True) -> list[RenderableType]:
+    """The tables of records: model runs with their footnotes, then ops; without `ratios` not those over batches."""
     models = [record for record in records if record.level == "model"]
     parts: list[RenderableType] = []
     if models:
         parts.append(bench_report.table(bench_report.rows(models), bench_report.title(models)))
         if caches := report_caches.rows(models):
             parts.append(report_caches.table(caches, "decode over caches and contexts"))
+        for lines in report_ratios.tables(models) if ratios else ():
+            parts += [report_ratios.table(lines), *(f"- {words}" for words in lines.notes)]
         parts += [f"- {words}" for words in bench_report.footnotes(models)]
     if any(record.level == "op" for record in records):
         parts.append(slot_report.of_records(records))
@@ -335,7 +335,7 @@ def demo(
     records = bench_module.run(shape, SPECS, plan=plan, gates=gates, out=log, progress=steps, command="percard demo")
 
     say(_title(5, "Result"))
-    for part in show_records(records):
+    for part in show_records(records, ratios=False):
         say(part)
     answers = {"FP16": complete(reference, origin, PROMPT, max_new=36)}
     answers |= {spec: complete(variant, places[spec], PROMPT, max_new=36) for spec, variant in models.items()}
