@@ -11,7 +11,7 @@
 
 The two shares e_bw and e_fl come from bench/efficiency.py: measured where records were fitted, else labelled defaults. The
 weights a step reads leave out what it does not: the input table, the vision tower, MTP layers. A latent cache (MLA) reads little
-and computes much, so its attention is counted in t_flop; for keys and values by head it is not, as reading them costs more.
+and computes much, so its attention is counted in t_flop, at the bf16 rate; for keys and values by head it is not, as reading them costs more.
 Design: docs/plan.md. The forms are those of public planners (ai-dynamo/aiconfigurator, cli99/llm-analysis), written anew.
 """
 
@@ -164,11 +164,11 @@ def predict_decode(
     kv_token = kv_bytes_per_token(shape, kv, int(plain)) * copies(shape, split)
     weights = _read(shape, spec, batch, head, plain, split)
     moved = weights + batch * depth * kv_token
-    flops = 2.0 * shape.active * batch
+    flops, attention = 2.0 * shape.active * batch, 0.0
     if shape.latent:  # absorbed form: scores over the latent and rope, values over the latent, for every query head
         rank = shape.raw.get("kv_lora_rank") or shape.latent
-        flops += 2.0 * shape.layers * shape.heads * (shape.latent + rank) * batch * depth
-    return _step(shape, spec, "decode", batch, moved, flops, 0.0, card, split, find)
+        attention = 2.0 * shape.layers * shape.heads * (shape.latent + rank) * batch * depth
+    return _step(shape, spec, "decode", batch, moved, flops, attention, card, split, find)
 
 
 def predict_prefill(
