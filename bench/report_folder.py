@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import report, report_csv, report_html, report_lines, report_plots, report_style, report_tables
+from . import model_ratios, report, report_csv, report_html, report_lines, report_plots, report_style, report_tables
 from .folder import replace
 from .record import Record
 from .report_style import Drawing
@@ -27,6 +27,7 @@ def write(
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    records = model_ratios.completed(records)
     drawings, without = report_plots.figures(records)
     if why := "No plots: they were not asked for." if not plots else report_style.missing():
         say(why)

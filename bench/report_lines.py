@@ -19,6 +19,7 @@ FLOATS = ("bf16", "fp16", "fp32")
 BASELINE = (
     "FP16"  # how the side of 16-bit weights over a 16-bit cache is keyed; it is shown as the float types it ran in
 )
+RED = "no figure: gate red"
 RATIOS = {"same_batch": "same batch", "same_bound": "same bound", "max_fit": "max fit"}
 
 
@@ -82,9 +83,10 @@ class Group:
 
 def latest(records: Iterable[Record]) -> list[Record]:
     """Of rows with one key the last one, but a row that holds figures stays before a later one that failed."""
-    kept: dict[tuple[str, str], Record] = {}
+    kept: dict[tuple[str, str, str], Record] = {}
     for record in records:
-        key = (record.cell_key, machine(record))  # a key does not say which instructions were held back
+        # A key does not say which instructions of a machine were held back.
+        key = (record.cell_key, machine(record), record.source)
         before = kept.get(key)
         if before is None or record.status == "ok" or before.status != "ok":
             kept[key] = record
@@ -97,10 +99,10 @@ def side(record: Record) -> Side:
 
 
 def phase_of(record: Record) -> str:
-    """prefill or decode; of a served load: serve."""
+    """prefill, decode or mixed (a prompt and its answer together); of a served load: serve."""
     if record.level == "serve":
         return "serve"
-    return "prefill" if ".pp" in record.case else "decode"
+    return "prefill" if ".pp" in record.case else "mixed" if ".mix" in record.case else "decode"
 
 
 def machine(record: Record) -> str:
@@ -138,7 +140,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
 def rate(record: Record) -> Rate | None:
     """Tokens per second (of a prefill: read, else written) with the spread of the rounds; None without a figure."""
     tokens = record.tokens or {}
-    value = tokens.get("tok_s_in") if phase_of(record) == "prefill" else tokens.get("tok_s")
+    value = tokens.get("tok_s_in" if phase_of(record) == "prefill" else "tok_s")
     if value is None or gate(record) == "red":
         return None
     return spread(record, value)
@@ -216,7 +218,18 @@ def ratio_words(found: Mapping[str, Any] | None, record: Record, name: str) -> s
     text += f", batch {ours} / {theirs}"
     if name == "same_bound":
         text += f", {bound_words(found.get('bound') or record.shape.get('bound')) or 'bound not recorded'}"
-    return text + (f", {reason_words(found['reason'])}" if found.get("reason") else "")
+    return text + (", see below" if found.get("reason") else "")
+
+
+def caveats(records: Sequence[Record]) -> list[str]:
+    """Why a batch of a ratio is not the one that was meant: "same bound: batch capped: ..."."""
+    told = []
+    for record in records:
+        for name, words in RATIOS.items():
+            found = ((record.tokens or {}).get("vs_fp16") or {}).get(name) or {}
+            if found.get("ratio") is not None and found.get("reason"):
+                told.append(f"{words}: {reason_words(found['reason'])}")
+    return list(dict.fromkeys(told))
 
 
 def ratios(records: Sequence[Record]) -> dict[str, str]:
@@ -264,7 +277,10 @@ def headline(group: Group, phase: str) -> str | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A side of a group: whether it still says the same, what it holds, how fast it is beside FP16."""
+    """A side of a group: whether it still says the same, what it holds, how fast it is beside FP16.
+
+    `ratios` are of its answers (decode, serve or mixed), `prefill_ratio` is of reading at the same batch.
+    """
 
     side: Side
     name: str
@@ -278,43 +294,48 @@ class Verdict:
     ratios: Mapping[str, str]
     usd: str
     joules: str
+    caveats: Sequence[str] = ()
+    status: str = "ok"  # of its rows when none of them came to a figure
 
 
-def verdicts(group: Group) -> list[Verdict]:
-    """A line for each side, at the headline cases of the group."""
-    cases = {phase: headline(group, phase) for phase in ("prefill", "decode", "serve")}
+def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[Verdict]:
+    """A line for each side, at the headline cases of the group; `phases` are those whose rate and three ratios it gives."""
+    cases = {phase: headline(group, phase) for phase in ("prefill", *phases)}
     found = []
     for wanted in group.sides():
-        mine = [r for phase in ("decode", "serve") for r in group.of(wanted, phase)]
-        mine.sort(key=lambda r: r.case not in cases.values())
-        reads = sorted(group.of(wanted, "prefill"), key=lambda r: r.case not in cases.values())
-        first = (mine or reads)[0]
-        every = [*mine, *reads]
+
+        def rows(phase: str, wanted: Side = wanted) -> list[Record]:
+            return sorted(group.of(wanted, phase), key=lambda r: r.case != cases[phase])
+
+        mine, reads = [r for phase in phases for r in rows(phase)], rows("prefill")
+        every = [*mine, *reads, *group.of(wanted)]
+        if "mixed" in phases and not mine:
+            continue
         memory: Mapping[str, Any] = next((r.memory for r in every if r.memory), None) or {}
-        names = list(dict.fromkeys(str(r.scheme.get("spec")) for r in [*reads, *mine]))
-        told = ratios(mine)
-        if wanted.plain:
-            told = dict.fromkeys(told, "baseline")
-        elif gate(first) == "red":
-            told = dict.fromkeys([*told, "prefill"], "no figure: gate red")
-        plain = next((r.scheme.get("kv_spec") for r in [*mine, *reads] if r.scheme.get("kv_spec")), "16-bit")
+        quality = next((r.quality for r in every if r.quality), None) or {}
         read = next((rate(r) for r in reads if r.case == cases["prefill"]), None)
+        told, reading = ratios(mine), ratios(reads)["same_batch"]
+        if wanted.plain or quality.get("gate") == "red":
+            told, reading = (
+                dict.fromkeys(told, "baseline" if wanted.plain else RED),
+                "baseline" if wanted.plain else RED,
+            )
         found.append(
             Verdict(
-                wanted,
-                "/".join(names),
-                wanted.cache or plain,
-                next((r.quality for r in every if r.quality), None) or {},
-                memory.get("weights"),
-                memory.get("kv_bytes_per_token"),
-                read,
-                next((rate(r) for r in mine if r.case in cases.values()), None),
-                told.pop(
-                    "prefill", "baseline" if wanted.plain else ratios(reads)["same_batch"] if read else "not measured"
-                ),
-                told,
-                money_words(every),
-                energy_words(every),
+                side=wanted,
+                name="/".join(dict.fromkeys(str(r.scheme.get("spec")) for r in [*reads, *mine] or every)),
+                cache=wanted.cache or next((r.scheme["kv_spec"] for r in every if r.scheme.get("kv_spec")), "16-bit"),
+                quality=quality,
+                weights=memory.get("weights"),
+                kv_per_token=memory.get("kv_bytes_per_token"),
+                prefill=read,
+                rate=next((rate(r) for r in mine if r.case in cases.values()), None),
+                prefill_ratio=reading,
+                ratios=told,
+                usd=money_words(mine or every),
+                joules=energy_words(mine or every),
+                caveats=caveats(mine) if told["same_batch"] not in ("baseline", RED) else (),
+                status="ok" if any(r.status == "ok" for r in every) else every[0].status,
             )
         )
     return found
@@ -360,9 +381,12 @@ def header(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         roof = {"read": r.cpu.get("read_gbs"), **(r.cpu.get("roof") or {}), **(r.card.get("roof") or {})}
         parts = [f"{n.removesuffix('_gbs')} {v:,.0f} {'GB/s' if n in ('read', 'copy_gbs') or n.endswith('_gbs') else 'T/s'}"
                  for n, v in roof.items() if v]  # fmt: skip
-        floor = r.card.get("noise_floor_pct", r.cpu.get("noise_floor_pct"))
-        parts += [f"noise floor {floor:.1f} %"] if floor is not None else []
         return ", ".join(parts)
+
+    def floors() -> list[str]:
+        found = [f for r in records if (f := r.card.get("noise_floor_pct", r.cpu.get("noise_floor_pct"))) is not None]
+        ends = sorted({f"{f:.1f}" for f in (min(found), max(found))}, key=float) if found else []
+        return [f"noise floor {' to '.join(ends)} %: the baseline against itself"] if ends else []
 
     def versions(r: Record) -> str:
         env, code = r.env, r.code
@@ -380,7 +404,7 @@ def header(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     days = sorted(r.ts[:10] for r in records)
     parts = [
         ("machine", each(machine)),
-        ("measured here", _few(each(roofs), 4)),
+        ("measured here", _few(each(roofs), 4) + floors()),
         ("versions", _few(each(versions), 4)),
         ("date", [days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"] if days else []),
         ("command", _few(each(lambda r: r.code.get("command")), 6)),

@@ -108,7 +108,7 @@ def pareto(chart: Chart, palette: Palette, where: str) -> Drawing:
 
 
 def rates(charts: Sequence[Chart], palette: Palette, where: str) -> Drawing:
-    names = {"prefill": "Prefill", "decode": "Decode", "serve": "Served"}
+    names = {"prefill": "prefill", "decode": "decode", "mixed": "prompt and answer", "serve": "served"}
 
     def draw(width: float) -> Figure:
         sides = _sides(charts)
@@ -128,7 +128,7 @@ def rates(charts: Sequence[Chart], palette: Palette, where: str) -> Drawing:
             axes.set_yticks(range(len(sides)), [s.words() for s in reversed(sides)])
             axes.set_ylim(-0.6, len(sides) - 0.4)
             axes.grid(axis="y", visible=False)
-            axes.set_xlabel(f"{names[chart.about['phase']].lower()}, tokens per second")
+            axes.set_xlabel(f"{names[chart.about['phase']]}, tok/s")
             axes.set_title(
                 style.wrapped(chart.title, width / shape[1] - 0.6, SIZE - 0.5),
                 loc="left",
@@ -143,6 +143,7 @@ def rates(charts: Sequence[Chart], palette: Palette, where: str) -> Drawing:
         "Tokens per second by weights and cache",
         f"Right is better. Bars: slowest and fastest round. A side that is missing here has no figure: see the tables. {where}.",
         draw,
+        whole=len(charts) > 2,
     )
 
 
@@ -265,7 +266,10 @@ def prices(chart: Chart, palette: Palette, where: str) -> Drawing:
 
             axes.axvline(min(p.x for p in curve.points), color=INK, linewidth=1.2)
             more.append(Line2D([], [], color=INK, linewidth=1.2, label="FP16 at its best: KL 0"))
-        axes.set_xlabel("US dollars per million tokens")
+        axes.set_xlabel(
+            "US dollars per million tokens"
+            + {"total": ", in and out together", "out": " of output"}[chart.about["kind"]]
+        )
         axes.set_ylabel("score of the task" if scored else "KL of the next token, nats")
         style.title(figure, "Quality against cost", chart.title)
         style.legend(figure, palette, [c.side for c in shown], more=more)

@@ -98,7 +98,7 @@ def heat(grid: Grid) -> Drawing:
                     words = f"{point.y:.2f}" if sure else f"({point.y:.2f})"
                     axes.text(j + 0.5, i + 0.5, words, ha="center", va="center", fontsize=SIZE - 1.5, color=ink)
             axes.set_yticks([i + 0.5 for i in range(len(grid.layers))], grid.layers)
-            axes.set_xticks([j + 0.5 for j in range(len(grid.tokens))], [style.number(m) for m in grid.tokens])
+            axes.set_xticks([j + 0.5 for j in range(len(grid.tokens))], [style.tokens(m) for m in grid.tokens])
             axes.invert_yaxis()
             axes.tick_params(length=0)
             axes.grid(visible=False)

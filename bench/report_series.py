@@ -54,19 +54,26 @@ def pareto(group: Group) -> list[Chart]:
     """Tokens per second and card against those of a user, over batch or concurrency; a chart for each length of text."""
     found: dict[tuple[Any, ...], dict[Side, list[tuple[int, Point]]]] = {}
     for side in group.sides():
-        for record in [*group.of(side, "decode"), *group.of(side, "serve")]:
+        for record in (r for phase in ("decode", "mixed", "serve") for r in group.of(side, phase)):
             y, x, at = lines.per_card(record), lines.per_user(record), lines.batch(record)
             if y is None or x is None or at is None:
                 continue
             load = record.shape.get("load") or {}
-            key = (lines.depth(record) or None, record.shape.get("osl"), load.get("mix"), load.get("rate"))
+            kind = "prompt and answer together" if lines.phase_of(record) == "mixed" else ""
+            isl = record.shape.get("isl") if kind else lines.depth(record)
+            key = (kind, isl, record.shape.get("osl"), load.get("mix"), load.get("rate"))
             point = Point(x, y.value, y.lo, y.hi, str(at))
             found.setdefault(key, {}).setdefault(side, []).append((at, point))
     charts = []
-    for (isl, osl, mix, load_rate), sides in found.items():
+    for (kind, isl, osl, mix, load_rate), sides in found.items():
         if len({at for held in sides.values() for at, _ in held}) < 2:
             continue
-        text = [f"{isl:,.0f} tokens in" if isl else "", f"{osl:,.0f} out" if osl else "", f"mix {mix}" if mix else ""]
+        text = [
+            kind,
+            f"{isl:,.0f} tokens in" if isl else "",
+            f"{osl:,.0f} out" if osl else "",
+            f"mix {mix}" if mix else "",
+        ]
         text.append(f"{load_rate:g} requests/s" if isinstance(load_rate, int | float) else "")
         curves = tuple(Curve(s, tuple(p for _, p in sorted(h, key=lambda ap: ap[0]))) for s, h in sides.items())
         charts.append(Chart(", ".join(filter(None, [group.model, *text])), curves, {"level": group.level}))
@@ -76,7 +83,7 @@ def pareto(group: Group) -> list[Chart]:
 def rates(group: Group) -> list[Chart]:
     """Per phase one dot a side, at the headline case, with its spread."""
     charts = []
-    for phase in ("prefill", "decode", "serve"):
+    for phase in ("prefill", "decode", "mixed", "serve"):
         case = lines.headline(group, phase)
         curves = []
         for side in group.sides():
@@ -291,13 +298,19 @@ def sizes(group: Group) -> list[Chart]:
 
 def prices(group: Group) -> list[Chart]:
     """Dollars per million tokens at the cheapest batch of each side, against a task's score or, where rows have none, KL."""
-    found: dict[Side, tuple[float, Record]] = {}
-    for side in group.sides():
-        for record in [*group.of(side, "decode"), *group.of(side, "serve")]:
-            usd = (record.money or {}).get("usd_per_mtok") or {}
-            price = next((usd[n] for n in ("total", "out") if usd.get(n) is not None), None)
-            if price is not None and lines.rate(record) is not None and price < found.get(side, (math.inf,))[0]:
-                found[side] = (price, record)
+    rows = {
+        s: [r for p in ("decode", "mixed", "serve") for r in group.of(s, p) if lines.rate(r)] for s in group.sides()
+    }
+
+    def cheapest(kind: str) -> dict[Side, tuple[float, Record]]:
+        prices = {s: [(u[kind], r) for r in held if (u := (r.money or {}).get("usd_per_mtok")) and u.get(kind) is not None]
+                  for s, held in rows.items()}  # fmt: skip
+        return {s: min(held, key=lambda pair: pair[0]) for s, held in prices.items() if held}
+
+    # All sides by one kind of price: tokens in and out together where every side has it.
+    kinds = {kind: cheapest(kind) for kind in ("total", "out")}
+    kind = max(kinds, key=lambda k: len(kinds[k]))
+    found = kinds[kind]
     scored = any((r.quality or {}).get("task") for _, r in found.values())
     curves = []
     for side, (price, record) in found.items():
@@ -307,7 +320,7 @@ def prices(group: Group) -> list[Chart]:
             curves.append(Curve(side, (Point(price, y, y, y, str(lines.batch(record) or "")),)))
     if sum(scored or c.points[0].y > 0 for c in curves) < 2:
         return []
-    return [Chart(group.model, tuple(curves), {"scored": scored})]
+    return [Chart(group.model, tuple(curves), {"scored": scored, "kind": kind})]
 
 
 def _sorted(points: Iterable[Point]) -> tuple[Point, ...]:

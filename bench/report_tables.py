@@ -14,8 +14,6 @@ from . import report_series as series
 from .record import Record
 from .report_lines import Group, Verdict
 
-_RED = "no figure: gate red"
-
 
 @dataclass(frozen=True)
 class Table:
@@ -37,55 +35,83 @@ class Table:
         return "\n".join(parts + (["", *(f"- {note}" for note in self.notes)] if self.notes else [])) + "\n"
 
 
-def verdict(group: Group) -> Table:
-    """Spec x cache: gate, what it costs in quality, what it holds, how fast, the three ratios, money and energy."""
+def verdict(group: Group) -> list[Table]:
+    """Spec x cache: gate, what it costs in quality, what it holds, how fast, the three ratios, money and energy.
+
+    Runs of a prompt and its answer together (mixed) have a table of their own below it.
+    """
     found = lines.verdicts(group)
-    served = group.level == "serve"
+    answers = "served, tok/s" if group.level == "serve" else "decode, tok/s"
     columns: list[tuple[str, list[str]]] = [
-        ("spec", [v.name for v in found]),
-        ("cache", [v.cache for v in found]),
-        ("gate", ["reference" if v.side.plain else str(v.quality.get("gate", "none")) for v in found]),
+        *_names(found),
         ("KL, nats", [_number(v.quality.get("kl"), ".4f") for v in found]),
         ("top-1", [_number(v.quality.get("top1"), ".1%") for v in found]),
         ("task score", [_number((v.quality.get("task") or {}).get("score"), ".3f") for v in found]),
         ("weights, MB", [_number(v.weights and v.weights / 1e6, ",.1f") for v in found]),
         ("KV, B/token", [_number(v.kv_per_token, ",.0f") for v in found]),
         ("prefill, tok/s", [_rate(v, v.prefill) for v in found]),
-        ("served, tok/s" if served else "decode, tok/s", [_rate(v, v.rate) for v in found]),
+        (answers, [_rate(v, v.rate) for v in found]),
         ("prefill, × FP16 at same batch", [v.prefill_ratio for v in found]),
+        *_gains(found),
+    ]
+    cases = [lines.headline(group, phase) for phase in ("prefill", "decode", "serve")]
+    notes = ["figures are of " + ", ".join(case for case in cases if case) + "; " + _READ]
+    notes += [
+        f"KL, top-1 and gate were measured on {g}" for g in dict.fromkeys(v.quality.get("model") for v in found) if g
+    ]
+    if any(v.quality.get("gate") == "synthetic" for v in found):
+        notes.append("gate synthetic: random weights at true shapes, so speed only; quality was not measured")
+    notes += [f"{v.name}, {v.cache} cache: {why}" for v in found for why in v.quality.get("reasons") or () if _told(v)]
+    tables = [_side_table(group.title, columns, notes + _caveats(found))]
+    if case := lines.headline(group, "mixed"):
+        mixed = lines.verdicts(group, ["mixed"])
+        columns = [*_names(mixed), ("output, tok/s", [_rate(v, v.rate) for v in mixed]), *_gains(mixed)]
+        notes = [f"figures are of {case}, the time of the prompt included; {_READ}", *_caveats(mixed)]
+        tables.append(_side_table(f"Prompt and answer together: {group.title}", columns, notes))
+    return tables
+
+
+_READ = "brackets: spread over rounds, of a ratio the 95 % interval; batch: of this side / of FP16"
+
+
+def _caveats(found: Sequence[Verdict]) -> list[str]:
+    return [f"{v.name}, {v.cache} cache, {words}" for v in found for words in v.caveats]
+
+
+def _names(found: Sequence[Verdict]) -> list[tuple[str, list[str]]]:
+    return [
+        ("spec", [v.name for v in found]),
+        ("cache", [v.cache for v in found]),
+        ("gate", ["reference" if v.side.plain else str(v.quality.get("gate", "none")) for v in found]),
+    ]
+
+
+def _gains(found: Sequence[Verdict]) -> list[tuple[str, list[str]]]:
+    """The three ratios, money and energy."""
+    return [
         *((f"× FP16 at {words}", [v.ratios[name] for v in found]) for name, words in lines.RATIOS.items()),
         ("$/Mtok", [v.usd for v in found]),
         ("J/token", [v.joules for v in found]),
     ]
-    notes, kept = [], []
+
+
+def _side_table(title: str, columns: Sequence[tuple[str, list[str]]], notes: Sequence[str]) -> Table:
+    """A line a side. A column that has nothing to say in any line becomes a note, or goes."""
+    kept, told = [], []
     for name, cells in columns:
-        others = {c for c in cells if c not in ("baseline", _RED)}
-        if len(others) == 1 and (only := next(iter(others))) and (only.startswith("not ") or only == "-"):
-            notes.append(f"{name}: {only}" if only != "-" else "")
-        else:
+        others = {c for c in cells if c not in ("baseline", lines.RED)}
+        only = next(iter(others)) if len(others) == 1 else ""
+        if others and all(c.startswith("not available: ") for c in others):
+            only = "not available: " + "; ".join(sorted(c.removeprefix("not available: ") for c in others))
+        if only.startswith(("not ", "none: ")):
+            told.append(f"{name}: {only}")
+        elif only != "-":
             kept.append((name, cells))
-    cases = {p: lines.headline(group, p) for p in ("prefill", "decode", "serve")}
-    notes.append("figures are of " + ", ".join(f"{case}" for case in cases.values() if case) + "; brackets: spread over "
-                 "rounds, of a ratio the 95 % interval; batch: of this side / of FP16")  # fmt: skip
-    gates = {g: v for v in found if (g := v.quality.get("model"))}
-    for name in gates:
-        notes.append(f"KL, top-1 and gate were measured on {name}")
-    if any(v.quality.get("gate") == "synthetic" for v in found):
-        notes.append("gate synthetic: random weights at true shapes, so speed only; quality was not measured")
-    notes += [f"{v.name}, {v.cache} cache: {why}" for v in found for why in v.quality.get("reasons") or () if _told(v)]
     names = tuple(name for name, _ in kept)
+    words = ("spec", "cache", "gate", "$/Mtok", "J/token")
+    left = frozenset(i for i, n in enumerate(names) if n in words or "FP16" in n)
     rows = tuple(zip(*(cells for _, cells in kept), strict=True))
-    left = frozenset(
-        i for i, n in enumerate(names) if n in ("spec", "cache", "gate") or "FP16" in n or n in ("$/Mtok", "J/token")
-    )
-    return Table(
-        group.title,
-        names,
-        rows,
-        left,
-        tuple(n for n in notes if n),
-        gate=names.index("gate") if "gate" in names else None,
-    )
+    return Table(title, names, rows, left, (*told, *notes), gate=names.index("gate"))
 
 
 def _told(verdict: Verdict) -> bool:
@@ -94,7 +120,9 @@ def _told(verdict: Verdict) -> bool:
 
 def _rate(verdict: Verdict, rate: lines.Rate | None) -> str:
     if rate is None and verdict.quality.get("gate") == "red":
-        return _RED
+        return lines.RED
+    if rate is None and verdict.status != "ok":
+        return f"{verdict.status}: see below"
     return "-" if rate is None else rate.words()
 
 
@@ -211,7 +239,7 @@ def all_of(records: Sequence[Record]) -> dict[str, list[Table]]:
     groups = lines.groups(records)
     missing = left_out(records)
     return {
-        "verdict": [verdict(g) for g in groups],
+        "verdict": [t for g in groups for t in verdict(g)],
         "missing": [missing] if missing else [],
         "break_even": [break_even(g) for g in series.grids(records)],
         "rows": [t for g in groups if (t := points(g))] + ops(records),

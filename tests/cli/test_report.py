@@ -57,3 +57,14 @@ def test_a_page_without_the_block(measured: Path, tmp_path: Path, percard: Run) 
     page.write_text("nothing\n")
     ran = percard("bench", "report", measured, "--readme", page)
     assert ran.code == 2 and "<!-- demo -->" in ran.error
+
+
+def test_a_page_of_several_runs(measured: Path, tmp_path: Path, percard: Run) -> None:
+    out = tmp_path / "page"
+    ran = percard("bench", "report", measured, PUBLISHED, "--out", out)
+    assert ran.code == 0 and f"wrote {out}/report.html" in ran.err and str(measured) in ran.out
+    text = (out / "report.html").read_text()
+    assert "qwen3-0.6b (synthetic), whole model" in text and "batch 1 / 1" in text
+    assert (out / "table.csv").read_text().count("\n") == 1 + len((out / "records.jsonl").read_text().splitlines())
+    again = percard("bench", "report", out, "--json")  # the folder is a folder of records itself
+    assert again.code == 0 and len(again.out.splitlines()) == len((out / "records.jsonl").read_text().splitlines())
