@@ -189,6 +189,7 @@ PLAN = """How many cards of which kind MODEL needs, in which spec, how fast and 
   percard plan qwen3-32b --card h100-80-sxm --tpot 25ms --ttft 2s     only what keeps these bounds
   percard plan qwen3-8b --card mycard-48 --card-file mine.json        a card of your own (docs/plan.md)
   percard plan qwen3-8b --card l20-48 --explain                       every figure with its formula and source
+  percard plan --check r.jsonl --card-file mine.json --fit eff.json   predictions against records; shares for --efficiency
 
 MODEL is a folder, a config.json, or a built-in name. Rates are predictions: two digits, with a basis and a band. Exit code 3
 when nothing serves the demand.

@@ -88,8 +88,30 @@ def verb(
     efficiency: Annotated[
         list[Path] | None, typer.Option("--efficiency", help="File that plan --check --fit wrote; may be given again.")
     ] = None,
+    check: Annotated[
+        list[Path] | None, typer.Option("--check", help="Records to hold predictions against; instead of MODEL.")
+    ] = None,
+    fit: Annotated[Path | None, typer.Option("--fit", help="With --check: file that gets the shares they say.")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="With --check: the rows as markdown.")] = None,
     as_json: AsJson = False,
 ) -> None:
+    if check:
+        if model is not None:
+            raise typer.BadParameter(f"MODEL {model} beside --check; records name their models")
+        from . import planning_check
+
+        code = planning_check.run(
+            check,
+            card=card,
+            card_files=card_file or (),
+            efficiency_files=efficiency or (),
+            fit=fit,
+            table=table,
+            as_json=as_json,
+        )
+        raise typer.Exit(code)
+    if fit is not None or table is not None:
+        raise typer.BadParameter("--fit and --table go with --check RECORDS")
     if model is None:
         raise typer.BadParameter("MODEL is missing; give a folder, a config.json or a name such as qwen3-8b")
     if not card:
