@@ -74,8 +74,8 @@ def mix_of(text: str, scale: float = 1.0) -> Mix:
     suffix = "" if scale == 1 else f"*{scale:g}"
     row = named().get(text)
     if row is not None:
-        parts = [(float(row[p]["median"]), float(row[p]["sigma"])) for p in ("prompt", "answer")]
-        return Mix(text + suffix, row["source"], *parts, scale=scale)
+        prompt, answer = ((float(row[p]["median"]), float(row[p]["sigma"])) for p in ("prompt", "answer"))
+        return Mix(text + suffix, row["source"], prompt, answer, scale=scale)
     path = Path(text)
     if not path.is_file():
         raise FormatError(f"mix {text!r} is not known; known: {', '.join(named())}, or a JSONL file of lengths")

@@ -95,7 +95,7 @@ class Stepper:
 
     model: Model
     words: list[str] = field(default_factory=list)
-    _graphs: dict[int, tuple[Callable[[], object], torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _graphs: dict[Cache, tuple[Callable[[], object], torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def rows(self, count: int) -> int:
         """Rows of a batch of so many sequences."""
@@ -109,9 +109,9 @@ class Stepper:
         given = torch.tensor([*tokens, *[0] * missing])
         if model.device.type == "cpu":
             return model.step(given, cache).argmax(-1).tolist()
-        if id(cache) not in self._graphs:
-            self._graphs[id(cache)] = self._captured(given.to(model.device), cache)
-        replay, held, out = self._graphs[id(cache)]
+        if cache not in self._graphs:
+            self._graphs[cache] = self._captured(given.to(model.device), cache)
+        replay, held, out = self._graphs[cache]
         cache.need(1)
         cache.point()
         held.copy_(given)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from .model import Model
 
 
+_KEPT = (
+    16  # caches of so many numbers of rows, the last used: a noted step over one holds the activations of all layers
+)
+
+
 class OverLong(ValueError):
     """A request that this pool can never hold; the text says what it asks for and what there is."""
 
@@ -44,7 +49,7 @@ class Pool:
     """`pages` of each layer, of which no sequence takes more than `limit` tokens' worth.
 
     `free` are the numbers of the pages that nobody holds. Caches of `batch` share the pages and are kept, one for each
-    number of rows, so that noted steps over them stay good.
+    number of rows, so that noted steps over them can be taken again.
     """
 
     pages: tuple[KVPages, ...]
@@ -119,10 +124,13 @@ class Pool:
         if not all(lease.pages for lease in leases):
             raise ValueError("a sequence of this batch has given its pages back; leave it out")
         width = pages_of(self.limit)
-        cache = self._caches.get(rows)
+        cache = self._caches.pop(rows, None)
         if cache is None:
+            if len(self._caches) == _KEPT:
+                del self._caches[next(iter(self._caches))]
             table = torch.zeros(rows, width, dtype=torch.int32, device=self.pages[0].k.device)
-            cache = self._caches[rows] = Cache(self.pages, table, self.limit, [VACANT] * rows)
+            cache = Cache(self.pages, table, self.limit, [VACANT] * rows)
+        self._caches[rows] = cache
         # Entries past a sequence's own pages repeat its first one: never read, and a page that is there.
         named = [lease.pages + lease.pages[:1] * (width - len(lease.pages)) for lease in leases]
         named += [[0] * width] * (rows - len(leases))
