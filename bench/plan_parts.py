@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl", "deepseek_v3")
 # The largest of a size that is taken for one: ten times what any published model has.
 _MOST = {"num_hidden_layers": 2_000, "vocab_size": 20_000_000, "max_position_embeddings": 1_000_000_000}
 _MOST_ANY = 2_000_000
+_HUB_ID = re.compile(r"[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9._-]*")  # Qwen/Qwen3-8B; a path that is not there is an error
 SCALE_BYTES = 2  # bf16 or fp16 scales of groups and rows
 BLOCK, BLOCK_SCALE_BYTES = 128, 4  # fp8-block: one fp32 scale for 128 x 128 weights
 
@@ -157,7 +159,8 @@ def load_shape(model: str | Path) -> Shape:
     """The Shape of a checkpoint folder, a config.json, or a built-in name (qwen3-8b, shape:qwen3-8b, Qwen/Qwen3-8B)."""
     text = str(model)
     path = Path(text)
-    known = text.removeprefix("shape:").rsplit("/", 1)[-1].lower()
+    known = text.removeprefix("shape:").lower()
+    known = known.rsplit("/", 1)[-1] if _HUB_ID.fullmatch(known) else known
     if text.startswith("shape:") or (known in names() and not path.exists()):
         if known not in names():
             raise FormatError(_unknown(text))

@@ -48,7 +48,7 @@ def root(
 
 def _names(of: typer.Typer) -> list[str]:
     """The verbs of an app."""
-    return [c.name or getattr(c.callback, "__name__", "") for c in of.registered_commands]
+    return [str(c.name or getattr(c.callback, "__name__", "")) for c in of.registered_commands]
 
 
 @app.command(help=manual.QUANTIZE, short_help="A checkpoint becomes INT8 or INT4.")

@@ -56,6 +56,16 @@ def test_published_counts(name, billions, active, mtp, kv):
     assert kv_bytes_per_token(shape, KVSpec()) == kv
 
 
+@pytest.mark.parametrize("name", names())
+def test_configs_as_transformers_writes_them_today_say_the_same(name):
+    """Nested text configs, rope_parameters, num_local_experts: other keys, the same model."""
+    shape = load_shape(name)
+    written = transformers.AutoConfig.for_model(**shape.raw).to_dict()
+    found = shape_of(json.loads(json.dumps(written, default=str)), name)
+    assert (found.params, found.active) == (shape.params, shape.active)
+    assert kv_bytes_per_token(found, KVSpec()) == kv_bytes_per_token(shape, KVSpec())
+
+
 def test_fewer_layers_are_counted_too():
     for name in ("qwen3-0.6b", "deepseek-r1"):
         shape = load_shape(name)
@@ -99,8 +109,9 @@ def test_names_and_files_lead_to_the_same_shape(tmp_path):
     (tmp_path / "nested.json").write_text(json.dumps({"model_type": "qwen3", "text_config": text}))
     found = [load_shape(n) for n in ("qwen3-8b", "shape:qwen3-8b", "Qwen/Qwen3-8B", tmp_path, tmp_path / "nested.json")]
     assert {shape.params for shape in found} == {8_190_735_360}
-    with pytest.raises(FormatError, match=r"no model 'qwen9-9b'.*known names: .*qwen3-8b"):
-        load_shape("qwen9-9b")
+    for wrong in ("qwen9-9b", "./models/qwen3-8b", "/data/qwen3-8b", "../qwen3-8b"):
+        with pytest.raises(FormatError, match=rf"no model '{wrong}'.*known names: .*qwen3-8b"):
+            load_shape(wrong)
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,14 @@ def test_a_config_without_a_needed_field(percard: Run, tmp_path: Path, checkpoin
     (tmp_path / "config.json").write_text(json.dumps(raw))
     ran = percard("plan", str(tmp_path / "config.json"), "--card", "l4-24")
     assert ran.code == 2 and "num_hidden_layers is missing; a plan needs it, fetch the whole config.json" in ran.err
+
+
+def test_the_page_shows_what_the_verb_prints(percard: Run) -> None:
+    """Blocks of docs/plan.md that begin with a command hold lines of its output."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    blocks = [block.splitlines() for block in re.findall(r"```\n\$ percard (.*?)```", page, re.DOTALL)]
+    assert len(blocks) >= 3
+    for command, *shown in blocks:
+        printed = [line.rstrip() for line in percard(*command.split()).out.splitlines()]
+        missing = [line for line in shown if line.rstrip() not in printed]
+        assert not missing, command
