@@ -58,6 +58,19 @@ def bench_ladder(
         raise typer.Exit(console.show_records(rows, as_json, lambda found: tables(found, plan)))
 
 
+def is_rung(row: Record) -> bool:
+    """Whether a record is a ladder's."""
+    return ".ladder." in row.case
+
+
+def ladders(rows: Sequence[Record]) -> list[RenderableType]:
+    """The tables of all ladders among records, each task and batch by itself; the last row of each cell counts."""
+    found: dict[str, dict[str, Record]] = {}
+    for row in filter(is_rung, rows):
+        found.setdefault(row.case.split(".ladder.")[1], {})[row.cell_key] = row
+    return [part for last in found.values() for part in tables(list(last.values()))]
+
+
 def tables(rows: Sequence[Record], plan: Plan | None = None) -> list[RenderableType]:
     """The ladder of one task: score against cost, and under it why what does not pass does not."""
     from rich.table import Table

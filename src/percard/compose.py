@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from . import bench_ladder
 from .bench import contexts, engine, quality, report_caches, report_ratios, slot_report
 from .bench import model as bench_module
 from .bench import record as record_module
@@ -205,9 +206,9 @@ def bench_model(
 
 
 def show_records(records: Sequence[Record], ratios: bool = True) -> list[RenderableType]:
-    """The tables of records: model runs with their footnotes, then ops; without `ratios` not those over batches."""
-    models = [record for record in records if record.level == "model"]
-    parts: list[RenderableType] = []
+    """The tables of records: ladders of a task, model runs with their footnotes, then ops; without `ratios` not those over batches."""
+    models = [record for record in records if record.level == "model" and not bench_ladder.is_rung(record)]
+    parts: list[RenderableType] = bench_ladder.ladders(records)
     if models:
         parts.append(bench_report.table(bench_report.rows(models), bench_report.title(models)))
         if caches := report_caches.rows(models):
