@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -137,6 +137,10 @@ class KVPages:
 
     k and v are of the model's type (bf16), int8, or uint8 with two 4-bit numbers a byte. With `v_scales` scales holds the words
     of K only, [pages, Hkv, P, 1 or 2], and v_scales those of V.
+
+    Made from these once, because a view costs more than all checks of a call:
+    form   what ops are told: the spec's name, and how bytes are read where that is not our way
+    words  the scale words of K and of V, [pages, Hkv, P, 1 or 2] each: scale, and offset where there is one
     """
 
     k: torch.Tensor
@@ -147,24 +151,21 @@ class KVPages:
     v_scales: torch.Tensor | None = None
     nibbles: str = "halves"
     zeros: str = "offset"
+    form: str = field(init=False, repr=False)
+    words: tuple[torch.Tensor | None, torch.Tensor | None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        plain = self.nibbles == "halves" and self.zeros == "offset"
+        words = self.scales, self.v_scales
+        if self.scales is not None and self.v_scales is None:
+            words = self.scales[..., 0::2], self.scales[..., 1::2]
+        object.__setattr__(self, "form", str(self.spec) if plain else f"{self.spec} {self.nibbles} {self.zeros}")
+        object.__setattr__(self, "words", words)
 
     @property
     def page(self) -> int:
         """Tokens of a page."""
         return self.k.shape[2]
-
-    @property
-    def form(self) -> str:
-        """What ops are told: the spec's name, and how bytes are read where that is not our way."""
-        plain = self.nibbles == "halves" and self.zeros == "offset"
-        return str(self.spec) if plain else f"{self.spec} {self.nibbles} {self.zeros}"
-
-    @property
-    def words(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The scale words of K and of V, [pages, Hkv, P, 1 or 2] each: scale, and offset where there is one."""
-        if self.scales is None or self.v_scales is not None:
-            return self.scales, self.v_scales
-        return self.scales[..., 0::2], self.scales[..., 1::2]
 
     @property
     def nbytes(self) -> int:

@@ -168,7 +168,12 @@ def _check_table(op: str, a: Attention, batch: int, page: int) -> None:
 def out_like(a: Attention) -> Outputs:
     """Empty out like q (contiguous) and lse fp32 [T, Hq], or [T, 0]."""
     lse = torch.empty((a.q.shape[0], a.q.shape[1] if a.with_lse else 0), dtype=torch.float32, device=a.q.device)
-    return torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device), lse
+    return dense_like(a.q), lse
+
+
+def dense_like(x: torch.Tensor) -> torch.Tensor:
+    """Empty and contiguous, of the shape, type and device of x: the call of torch that costs least."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def rounded_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

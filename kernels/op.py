@@ -7,7 +7,8 @@ run only when asked for (`impl="reference"`). The public face takes a QuantTenso
 (`torch.ops.percard.<name>`, and `torch.ops.percard.<name>.<body>` when a body is asked for by name).
 
 Which bodies a device has is settled once, at the first call there. After that a call costs the contract's check and, for
-each body up to the one that serves, one look at what it takes (the packing of the weight, mostly).
+each body up to the one that serves, one look at what it takes (the packing of the weight, mostly); where the contract has a
+`key`, only the first call of its kind does.
 
 A contract module has, all on the flat arguments of its torch schema, whose first is a tensor of M rows:
     SCHEMA        text after the op's name: "(Tensor x, ...) -> Tensor"
@@ -18,6 +19,10 @@ A contract module has, all on the flat arguments of its torch schema, whose firs
     native(out, ...) the integers and floats of the C++ function, pointers first
     tolerance(want, ...) how far, element by element, a body may be from the reference's answer `want`
     <body>_takes(...) None, or "reason; remedy": what that body does not serve of what `check` lets through
+    key(...)      hashable: all that `check` and what bodies take, or yield, look at; need not be there. A call whose key was served
+                  before is served alike, unchecked: it could only pass again
+    plan(...)     what calls of one key have in common, as a function of a call's flat arguments that gives (outputs, the arguments
+                  of the C++ function); need not be there
     <body>_remark(...) None, or what `explain` says of a call that it serves; need not be there
 """
 
@@ -33,11 +38,13 @@ from types import ModuleType
 from typing import Any
 
 import torch  # before percard._cpu: the C++ module then shares torch's OpenMP threads
+from torch.compiler import is_compiling
 
 from . import device
 
 _LIBRARY = torch.library.Library("percard", "FRAGMENT")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/ops.h, enum Dtype
+MOST_KEYS = 1024  # kinds of calls that an op remembers
 
 Refusal = str | None  # None: serves. Otherwise "reason; remedy"
 Run = Callable[..., Any]
@@ -64,6 +71,7 @@ class Body:
     `load()` imports the body and returns its `run(*flat)`. `by_name_on`: device types where it is too slow to be
     taken without having been asked for. `yields(*flat)` says why it leaves a call that it takes to others unless asked for by
     name ("reason; remedy"), or None. `bind(*flat)`: outputs, and a bare call that fills them (for a Tape); None = by run.
+    `plan(*flat)`: the `run` of calls that have these arguments' key (module docstring); None = `run` as it is.
     """
 
     name: str
@@ -74,6 +82,7 @@ class Body:
     by_name_on: tuple[str, ...] = ()
     bind: Callable[..., tuple[Any, Callable[[], Any]]] | None = None
     yields: Callable[..., Refusal] | None = None
+    plan: Callable[..., Run] | None = None
 
     def unasked(self, *flat: Any) -> Refusal:
         """None, or why this body is not taken for these arguments, of those it takes, when nobody named it."""
@@ -152,7 +161,17 @@ def cpu_body(name: str, packing: str | None, contract: ModuleType, takes: Callab
         out = contract.out_like(*flat)
         return out, functools.partial(getattr(native(), name), *contract.native(out, *flat))
 
-    return Body("cpu", packing, absent, takes, load, bind=bind)
+    def plan(*given: Any) -> Run:
+        function, ready = getattr(native(), name), contract.plan(*given)
+
+        def run(*flat: Any) -> Any:
+            out, arguments = ready(*flat)
+            function(*arguments)
+            return out
+
+        return run
+
+    return Body("cpu", packing, absent, takes, load, bind=bind, plan=plan if hasattr(contract, "plan") else None)
 
 
 def triton_body(
@@ -224,8 +243,11 @@ class Op:
 
     def __init__(self, name: str, contract: ModuleType, bodies: Sequence[Body]):
         self.name, self.contract, self.bodies = name, contract, tuple(bodies)
+        self._named = {body.name: body for body in bodies}
         self._runs: dict[str, Run] = {}
-        self._ready: dict[str, tuple[tuple[Callable[..., Refusal], Run], ...]] = {}
+        self._ready: dict[str, tuple[tuple[Callable[..., Refusal], Body], ...]] = {}
+        self._key: Callable[..., Any] | None = getattr(contract, "key", None)
+        self._served: dict[Any, Run] = {}
         self.torch_op = self._register("", self._serve)
         self._torch_ops = {b.name: self._register(f".{b.name}", functools.partial(self._serve_by, b)) for b in bodies}
 
@@ -248,15 +270,15 @@ class Op:
                     f"{self.name}: a tensor has strides that are copied, a tape would not see the next ones"
                 )
             return self._note(tape, impl, *flat)
+        first = flat[0]
+        # torch's dispatcher costs as much as all else here. Only tracing and autograd need to see the op.
+        seen = type(first) is not torch.Tensor or first.requires_grad or is_compiling()
         if impl is None:
-            first = flat[0]
-            # torch's dispatcher costs as much as all else here. Only tracing and autograd need to see the op.
-            if type(first) is torch.Tensor and not (first.requires_grad or torch.compiler.is_compiling()):
-                return self._serve(*flat)
-            return self.torch_op(*flat)
-        if impl not in self._torch_ops:
-            self.body(impl)  # raises, naming those there are
-        return self._torch_ops[impl](*flat)
+            return self.torch_op(*flat) if seen else self._serve(*flat)
+        body = self._named.get(impl) or self.body(impl)  # which raises, naming those there are
+        if seen or (body.by_name_on and first.device.type in body.by_name_on):
+            return self._torch_ops[impl](*flat)
+        return self._serve_by(body, *flat)
 
     def body(self, name: str) -> Body:
         """The body of that name; ValueError lists those there are."""
@@ -320,21 +342,39 @@ class Op:
 
     def _serve(self, *flat: Any) -> Any:
         """What torch calls: check, then the first body of this device that takes the arguments."""
+        key = None if self._key is None else self._key(*flat)
+        if key is not None and (served := self._served.get(key)) is not None:
+            return served(*flat)
         self.contract.check(*flat)
         first = flat[0]
         if first.shape[0] == 0:
             return self.contract.out_like(*flat)
         where = "cpu" if first.is_cpu else "cuda"
-        for takes, run in self._ready.get(where) or self._settle(where):
+        for takes, body in self._ready.get(where) or self._settle(where):
             if takes(*flat) is None:
-                return run(*flat)
+                return self._run_like(key, body, *flat)(*flat)
         return self.run_of(self.pick(*flat))(*flat)  # raises, with every reason
 
     def _serve_by(self, body: Body, *flat: Any) -> Any:
         """What torch calls when the body was named."""
+        key = None
+        if self._key is not None and not body.by_name_on:  # what those lack may change: TRITON_INTERPRET
+            key = body.name, self._key(*flat)
+            if (served := self._served.get(key)) is not None:
+                return served(*flat)
         self.contract.check(*flat)
         self.pick(*flat, impl=body.name)
-        return self.contract.out_like(*flat) if flat[0].shape[0] == 0 else self.run_of(body)(*flat)
+        return self.contract.out_like(*flat) if flat[0].shape[0] == 0 else self._run_like(key, body, *flat)(*flat)
+
+    def _run_like(self, key: Any, body: Body, *flat: Any) -> Run:
+        """How `body` runs these arguments; remembered for all that have their key, unless that is None."""
+        if key is None:
+            return self.run_of(body)
+        run = self.run_of(body) if body.plan is None else body.plan(*flat)
+        if len(self._served) >= MOST_KEYS:
+            self._served.clear()
+        self._served[key] = run
+        return run
 
     def _note(self, tape: Tape, impl: str | None, *flat: Any) -> Any:
         """One call on a tape."""
@@ -354,10 +394,12 @@ class Op:
         tape.note(call, out, flat)
         return out
 
-    def _settle(self, where: str) -> tuple[tuple[Callable[..., Refusal], Run], ...]:
+    def _settle(self, where: str) -> tuple[tuple[Callable[..., Refusal], Body], ...]:
         """The bodies that a device type has without asking, loaded, in their order; remembered."""
         there = [b for b in self.bodies if where not in b.by_name_on and b.absent(where) is None]
-        self._ready[where] = tuple((_taken(b), self.run_of(b)) for b in there)
+        for body in there:
+            self.run_of(body)
+        self._ready[where] = tuple((_taken(b), b) for b in there)
         return self._ready[where]
 
     def __repr__(self) -> str:

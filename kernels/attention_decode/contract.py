@@ -9,6 +9,7 @@ max_kv_len. lse fp32 [T, Hq], natural log; [T, 0] unless asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ import torch
 from ...formats.kvcache import KVPages, unaligned
 from .. import attention
 from ..attention import Attention, Outputs
-from ..op import Cost, Unsupported, pointer
+from ..op import Cost, Unsupported
 
 OP = "attention_decode"
 MOST_TOKENS = 16
 SCHEMA = f"({attention.FIELDS}, int splits) -> (Tensor, Tensor)"
 LEAST_CHUNK, TILE, FIXED_CHUNK = 256, 64, 1024
+TABLE, LONGEST = Attention._fields.index("table"), Attention._fields.index("max_kv_len")
+TENSORS = Attention._fields.index("scale")  # what stands before it
 
 
 def unwrap(
@@ -64,6 +67,14 @@ def check(*flat: Any) -> None:
         raise ValueError(f"{OP}: splits is {splits}, expected 0 (as sizes say) or more")
 
 
+def key(*flat: Any) -> tuple[Any, ...]:
+    """All that `check` and `takes` look at. Of max_kv_len, which grows with every token, only whether it is in its bounds."""
+    k_pages, table, longest = flat[1], flat[TABLE], flat[LONGEST]
+    held = table.shape[-1] * k_pages.shape[2] if table.ndim and k_pages.ndim > 2 else 0
+    kinds = [None if t is None else (t.dtype, t.shape, t.stride(), t.device) for t in flat[:TENSORS]]
+    return (*kinds, *flat[TENSORS:LONGEST], longest > 0, longest <= held, *flat[LONGEST + 1 :])
+
+
 def out_like(*flat: Any) -> Outputs:
     return attention.out_like(Attention(*flat[:-1]))
 
@@ -84,17 +95,39 @@ def chunk(length: int, splits: int) -> int:
     return max(LEAST_CHUNK, tiles * TILE)
 
 
-def native(out: Outputs, *flat: Any) -> tuple[Any, ...]:
-    """Addresses, sizes, strides, types and forms, each as one tuple; then scale, softcap, splits."""
-    a = Attention(*flat[:-1])
-    given = (a.q, a.k_pages, a.v_pages, a.k_scales, a.v_scales, a.mu, a.table, a.table_starts, a.lengths, a.q_starts)
-    pointers = tuple(pointer(t) for t in (*given, a.sinks, out[0], out[1] if a.with_lse else None))
+def _same(a: Attention, splits: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What calls of one key tell the C++ function alike, of sizes and after them: see `native`."""
     heads, page = a.k_pages.shape[1:3]
-    sizes = (a.batch, a.max_q_len, a.q.shape[1], heads, a.q.shape[2], page, a.max_kv_len, a.window)
+    sizes = (a.batch, a.max_q_len, a.q.shape[1], heads, a.q.shape[2], page)
     steps = (*a.q.stride()[:2], *a.k_pages.stride()[:3], *a.v_pages.stride()[:3])
     steps += (*attention.strides(a.k_scales, 4), *attention.strides(a.v_scales, 4))
     row = 0 if a.table_starts is not None else a.table.stride(0)
-    return pointers, sizes, (*steps, row), (*attention.dtype_codes(a), a.q_bits), a.scale, a.softcap, flat[-1]
+    return sizes, ((*steps, row), (*attention.dtype_codes(a), a.q_bits), a.scale, a.softcap, splits)
+
+
+def _pointers(out: Outputs, flat: tuple[Any, ...]) -> list[int]:
+    found = [0 if t is None else t.data_ptr() for t in flat[:TENSORS]]
+    return [*found, out[0].data_ptr(), out[1].data_ptr() if out[1].shape[1] else 0]
+
+
+def native(out: Outputs, *flat: Any) -> tuple[Any, ...]:
+    """Addresses, sizes, strides, types and forms, each as one tuple; then scale, softcap, splits."""
+    a = Attention(*flat[:-1])
+    sizes, rest = _same(a, flat[-1])
+    return _pointers(out, flat), (*sizes, a.max_kv_len, a.window), *rest
+
+
+def plan(*flat: Any) -> Callable[..., tuple[Outputs, tuple[Any, ...]]]:
+    """Of calls with the key of this one: outputs, and what `native` gives."""
+    a = Attention(*flat[:-1])
+    (sizes, rest), window = _same(a, flat[-1]), a.window
+    lse = out_like(*flat)[1]
+
+    def ready(*flat: Any) -> tuple[Outputs, tuple[Any, ...]]:
+        out = attention.dense_like(flat[0]), attention.dense_like(lse)
+        return out, (_pointers(out, flat), (*sizes, flat[LONGEST], window), *rest)
+
+    return ready
 
 
 def tolerance(want: Outputs, *flat: Any) -> Outputs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,57 @@ def append_row(**changes: Any) -> tuple[Any, ...]:
 def test_refusals(error: type[Exception], call: Callable[[], Any], said: str) -> None:
     with pytest.raises(error, match=said):
         call()
+
+
+@pytest.mark.parametrize("impl", [None, "cpu"])
+def test_every_way_to_be_wrong_is_seen_after_calls_that_were_right(impl: str | None) -> None:
+    q, _, table, lengths, _ = row()
+    k, words = torch.zeros(3, 2, 16, 32, dtype=torch.int8), torch.ones(3, 2, 16, 2).half()
+    pages = KVPages(k, k.clone(), KVSpec.parse("int8"), words)
+    first = attention_decode(q, pages, table, lengths, 32, impl=impl)
+    assert torch.equal(attention_decode(q, pages, table, lengths, 32, impl=impl)[0], first[0])
+    ones = torch.ones(3, dtype=torch.int32)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("q has shape", {"q": torch.zeros(2, 3, 32)}),
+        ("q has shape", {"q": torch.zeros(2, 128)}),
+        ("2 tokens and lengths", {"lengths": ones}),
+        ("at least", {"max_kv_len": 33}),
+        ("expected at least 1", {"max_kv_len": 0}),
+        ("expected at least", {"table": table[:, :1]}),
+        ("expected int32", {"table": table.long()}),
+        ("expected .B, pages.", {"table": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]}),
+        ("expected .B, pages.", {"lengths": torch.zeros(4, dtype=torch.int32)[::2]}),
+        ("the pages of v", {"pages": replace(pages, v=k[:, :, :8])}),
+        ("the pages of k", {"pages": replace(pages, k=k.to(torch.uint8), v=k)}),
+        ("scales of k", {"pages": replace(pages, scales=words[:2])}),
+        ("scales of k", {"pages": replace(pages, scales=words.int())}),
+        ("mu is", {"pages": replace(pages, mu=torch.zeros(2, 16))}),
+        ("q_starts is", {"q_starts": ones.long()}),
+        ("table_starts is", {"table_starts": ones[:2]}),
+        ("sinks is", {"sinks": torch.zeros(3)}),
+        ("q_bits is 4", {"q_bits": 4}),
+        ("a window of 1", {"window": 0}),
+        ("softcap", {"softcap": -1.0}),
+        ("splits is -1", {"splits": -1}),
+        ("1 to 16", {"max_q_len": 17}),
+    ]
+    for said, changes in wrong:
+        given = {"q": q, "pages": pages, "table": table, "lengths": lengths, "max_kv_len": 32}
+        for _ in range(2):
+            with pytest.raises((ValueError, Unsupported), match=said):
+                attention_decode(**(given | changes), impl=impl)
+
+
+def test_a_length_that_grows_reads_the_keys_that_there_are(seed: int) -> None:
+    pages = KVPages(*(torch.randn(3, 2, 16, 32, generator=torch.manual_seed(seed + i)) for i in range(2)))
+    q, table = torch.randn(1, 4, 32), torch.tensor([[2, 0]], dtype=torch.int32)
+    for longest in range(1, 33):
+        for lengths in (torch.tensor([longest], dtype=torch.int32), torch.tensor([32], dtype=torch.int32)):
+            got = attention_decode(q, pages, table, lengths, longest, with_lse=longest % 2 == 0)
+            cut = torch.tensor([longest], dtype=torch.int32)
+            want = attention_decode(q, pages, table, cut, longest, with_lse=True, impl="reference")
+            assert torch.allclose(got[0], want[0], atol=1e-5) and got[1].shape == (1, 4 * (longest % 2 == 0))
+            assert longest % 2 or torch.allclose(got[1], want[1], atol=1e-5)
 
 
 def test_the_cache_format() -> None:

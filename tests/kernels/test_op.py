@@ -139,6 +139,28 @@ def test_the_contract_is_checked_before_any_body() -> None:
     assert "a run" not in calls
 
 
+def test_a_call_of_a_known_key_is_not_checked_again() -> None:
+    calls: list[str] = []
+    op = toy(body("a", calls=calls), body("b", "rows8", calls=calls))
+    check = op.contract.check
+    op.contract.check = lambda *flat: (calls.append("check"), check(*flat))  # type: ignore[attr-defined]
+    keyed = Op(f"toy{next(_NUMBERS)}", op.contract, op.bodies)
+    keyed._key = lambda x, packing: (x.shape, packing)
+    x = torch.zeros(2, 3)
+    for impl in (None, "a"):
+        calls.clear()
+        for _ in range(3):
+            assert torch.equal(keyed(x, impl=impl), x + 1)
+        assert calls.count("check") == 1 and calls.count("a run") == 3
+    assert torch.equal(keyed(x, "rows8"), x + 1) and calls[-1] == "b run"
+    for _ in range(2):  # what was refused is refused again
+        with pytest.raises(ValueError, match="expected 2"):
+            keyed(torch.zeros(3))
+        with pytest.raises(Unsupported, match="reads plain, this is rows8"):
+            keyed(x, "rows8", impl="a")
+    assert keyed(torch.zeros(0, 3)).shape == (0, 3)
+
+
 def test_no_rows_come_back_without_a_call() -> None:
     calls: list[str] = []
     op = toy(body("a", calls=calls))
