@@ -24,7 +24,7 @@ import torch
 
 from ..formats.kvcache import PAGE, pages_of
 from ..formats.spec import FormatError, QuantSpec
-from . import card, cells, contexts, energy, load, ops, quality, record, roof, serve_rows, waves
+from . import card, cells, contexts, energy, load, ops, quality, record, roof, serve_rows, soundness, waves
 from .cells import Cell
 from .engine import Model, load_config
 from .engine import kv as caches
@@ -32,11 +32,13 @@ from .engine import load as load_model
 from .engine.pool import Pool
 from .fair import cache_noise, memory_fits
 from .load import Mix, Request
+from .model_choice import EXAMPLE
 from .probe import FLOATS
 from .ratios import Bound
 from .record import Record
 from .serve_speed import Speed, measure
 
+QUICK_GATE = 2048  # tokens of the text
 BASELINE, AGAIN = "baseline", "baseline again"
 WARM_TOKENS, TRIED_TOKENS = 2, 8  # of an answer while warming up, and where float types are compared
 
@@ -331,6 +333,9 @@ class Session:
                 side.quality["sqnr_db"] = model.weights.sqnr_db
             else:
                 side.quality = {"gate": "red", "reasons": ["no gate was brought for this side"], "model": None}
+            wrong = soundness.faults(base.model, model, max(self.plan.concurrency)) if weighed else []
+            if wrong:
+                side.quality = side.quality | {"gate": "red", "reasons": [*side.quality.get("reasons", []), *wrong]}
         if AGAIN in sides:
             sides[AGAIN].quality = base.quality
 
@@ -388,3 +393,38 @@ def run(
         if row.cell_key == session.key(BASELINE, "bf16", plan.concurrency[0]):
             session.floor_pct = (row.cpu or row.card).get("noise_floor_pct")
     return cells.run(session.cells(), target, say=say, **resume)
+
+
+def choice(
+    quick: bool, source: str | Path | None, text: str | Path | None = None, **asked: Any
+) -> tuple[str, Plan, str | Path | None]:
+    """(source, plan, text) of fields of a Plan, `mix` and `bound` as words; `quick` fills what is not asked for.
+
+    Quick is a card's few seconds of Qwen3-8B's shape, or on a CPU the small trained model of the checkout with its gate.
+    FormatError when no source is named.
+    """
+    given: dict[str, Any] = {}
+    if quick:
+        on_card = card.default_device().type == "cuda"
+        given = {
+            "specs": ("w8a8", "w4a16-g64"),
+            "kv": ("bf16", "int8"),
+            "requests": 12,
+            "scale": 0.1,
+            "bound": "ttft=1s,tpot=50ms",
+        }
+        given |= {"concurrency": (1, 4), "rounds": 3, "gate_tokens": QUICK_GATE}
+        if source is None and on_card:
+            source, given["layers"], given["concurrency"] = "shape:qwen3-8b", 8, (1, 16)
+        elif source is None:
+            source, text = EXAMPLE, text or EXAMPLE / "heldout.txt"
+            if not (EXAMPLE / "config.json").is_file():
+                raise FormatError(
+                    f"{EXAMPLE}: no checkpoint there; run --quick in a checkout of percard, or name DIR or shape:NAME"
+                )
+    if source is None:
+        raise FormatError("no model was named; expected DIR or shape:NAME, or --quick")
+    given |= asked
+    mix = load.mix_of(given.pop("mix", "chat"), given.pop("scale", 1.0))
+    bound = Bound.parse(given.pop("bound")) if given.get("bound") else None
+    return str(source), Plan(mix, bound=bound, **given), text

@@ -16,6 +16,7 @@ from . import (
     bench_layer,
     bench_model,
     bench_report,
+    bench_serve,
     console,
     manual,
 )
@@ -84,6 +85,9 @@ app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over
 )
 
 
+app.command("serve", help=manual.BENCH_SERVE, short_help="Seeded requests in waves: TTFT, TPOT, tokens per card.")(
+    bench_serve.bench_serve
+)
 app.command("layer", help=manual.BENCH_LAYER, short_help="One decoder layer, or one rank's part of it.")(
     bench_layer.bench_layer
 )

@@ -148,6 +148,18 @@ BENCH_CARD = """The roofs of this machine, measured, as a row that `percard plan
 A roof is the best body seen, torch's or percard's; which one, at which shape, stands in the row. Let nothing else run.
 """
 
+BENCH_SERVE = """Seeded requests in waves over one pool of pages: FP16 and every spec and cache, in turn, at each concurrency.
+
+\b
+  percard bench serve --quick                           the small model of the checkout, under two minutes
+  percard bench serve shape:qwen3-0.6b --specs w8a8,w4a16-g128 --kv bf16,int8 --scale 0.1 --out serve.jsonl
+  percard bench serve DIR --text heldout.txt --specs w8a8 --mix code --bound ttft=2s,tpot=50ms --memory-gb 24
+  percard bench serve DIR --text heldout.txt --mix lengths.jsonl     a line {"prompt": 512, "answer": 128} a request
+
+TTFT, TPOT, gaps between tokens and ends as percentiles; tokens per second and card; requests that keep the bound; three ratios.
+A wave starts when the one before has ended: continuous batching is the serving stacks' (`percard bench import`).
+"""
+
 BENCH_SLOT = """One command for a card that is free for ten minutes: agreement, ops against bf16, a model; one folder.
 
 \b
