@@ -315,7 +315,8 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
         quality = next((r.quality for r in every if r.quality), None) or {}
         read = next((rate(r) for r in reads if r.case == cases["prefill"]), None)
         told, reading = ratios(mine), ratios(reads)["same_batch"]
-        if wanted.plain or quality.get("gate") == "red":
+        red = quality.get("gate") == "red"
+        if wanted.plain or red:
             told, reading = (
                 dict.fromkeys(told, "baseline" if wanted.plain else RED),
                 "baseline" if wanted.plain else RED,
@@ -332,8 +333,8 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
                 rate=next((rate(r) for r in mine if r.case in cases.values()), None),
                 prefill_ratio=reading,
                 ratios=told,
-                usd=money_words(mine or every),
-                joules=energy_words(mine or every),
+                usd=RED if red else money_words(mine or every),
+                joules=RED if red else energy_words(mine or every),
                 caveats=caveats(mine) if told["same_batch"] not in ("baseline", RED) else (),
                 status="ok" if any(r.status == "ok" for r in every) else every[0].status,
             )

@@ -36,8 +36,10 @@ def figures(records: Sequence[Record]) -> tuple[list[Drawing], list[str]]:
     groups = lines.groups(records)
     sides = [s for g in groups for s in g.sides()]
     sides += [Side(spec, None) for grid in series.grids(records) for spec in grid.specs]
-    sides += [c.side for chart in series.attention(records) + series.roofline(records) for c in chart.curves]
+    sides += [c.side for chart in series.roofline(records) for c in chart.curves]
     palette = Palette(sides)
+    # There a cache gives the colour, in every chart of them the same.
+    caches = Palette([c.side for chart in series.attention(records) for c in chart.curves])
     found: list[Drawing] = []
     without: list[str] = []
 
@@ -64,9 +66,7 @@ def figures(records: Sequence[Record]) -> tuple[list[Drawing], list[str]]:
     kind("sizes", over(series.sizes, sizes), "no two quantised sides have both bytes and KL")
     kind("prices", over(series.prices, prices), "no price was given (--usd-hour)")
     kind("depths", over(series.depths, depths), "only one depth of the cache was measured (bench model --context)")
-    kind(
-        "attention", [attention(c, palette) for c in series.attention(records)], "no op over a cache (bench attention)"
-    )
+    kind("attention", [attention(c, caches) for c in series.attention(records)], "no op over a cache (bench attention)")
     grids = series.grids(records)
     kind("heat", [ops.heat(g) for g in grids], "no linears were timed alone (bench ops)")
     curved = [g for g in grids if len(g.tokens) > 1]
@@ -124,7 +124,7 @@ def rates(charts: Sequence[Chart], palette: Palette, where: str) -> Drawing:
                 at = len(sides) - 1 - sides.index(curve.side)
                 ends = [[point.x - point.lo], [point.hi - point.x]]
                 axes.errorbar(point.x, at, xerr=ends, fmt="none", ecolor=look["color"], elinewidth=1.2, capsize=3)
-                axes.plot(point.x, at, color=look["color"], marker=look["marker"], linestyle="none", markersize=6)
+                axes.plot(point.x, at, **look | {"linestyle": "none"}, markersize=6)
             axes.set_yticks(range(len(sides)), [s.words() for s in reversed(sides)])
             axes.set_ylim(-0.6, len(sides) - 0.4)
             axes.grid(axis="y", visible=False)

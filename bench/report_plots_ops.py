@@ -41,11 +41,11 @@ def roofline(chart: Chart, palette: Palette) -> Drawing:
         for at, (name, value) in enumerate(sorted(roofs.items(), key=lambda item: -item[1])):
             start = max(ends[0], value / memory) if memory else ends[0]
             axes.plot([start, ends[1]], [value, value], color=INK, linewidth=1.6, linestyle=style.DASHES[at % 4])
-            words = f"{name}, {style.number(value)} FLOP/s"
+            words = f"{name}, {value / 1e12:,.3g} T/s"
             more.append(Line2D([], [], color=INK, linewidth=1.6, linestyle=style.DASHES[at % 4], label=words))
         if not roofs:
             axes.axhline(seen, color=MUTED, linewidth=1.0, linestyle=style.DASHES[2])
-            words = f"highest seen, {style.number(seen)}"
+            words = f"highest seen, {seen / 1e12:,.3g} T/s"
             more.append(Line2D([], [], color=MUTED, linewidth=1.0, linestyle=style.DASHES[2], label=words))
         for curve in chart.curves:
             style.line(axes, curve, palette, join=False)

@@ -105,11 +105,13 @@ class Palette:
         at = self.caches.index(side.cache) if side.cache in self.caches else 0
         if side.spec == "fastest rival":
             return {"color": INK, "marker": "x", "linestyle": DASHES[2]}
-        return {
+        look = {
             "color": self.color(side.spec),
             "marker": MARKERS[at % len(MARKERS)],
             "linestyle": DASHES[at % len(DASHES)],
         }
+        again = side.spec in self.specs and self.specs.index(side.spec) >= len(COLORS)
+        return look | ({"fillstyle": "none"} if again else {})  # more specs than colours: the same ones, hollow
 
 
 def line(axes: Axes, curve: Curve, palette: Palette, *, join: bool = True) -> None:
@@ -119,7 +121,7 @@ def line(axes: Axes, curve: Curve, palette: Palette, *, join: bool = True) -> No
     spread = [[p.y - p.lo for p in curve.points], [p.hi - p.y for p in curve.points]]
     axes.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=look["color"], elinewidth=0.9, capsize=2, alpha=0.75)
     dash = look["linestyle"] if join and len(xs) > 1 else "none"
-    axes.plot(xs, ys, color=look["color"], marker=look["marker"], linestyle=dash, markersize=4.5, linewidth=1.3)
+    axes.plot(xs, ys, **look | {"linestyle": dash}, markersize=4.5, linewidth=1.3)
 
 
 def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:

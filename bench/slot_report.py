@@ -1,4 +1,4 @@
-"""report.md and table.csv of a slot, written anew after every stage from the rows that are there.
+"""report.md, table.csv and report.html of a slot, written anew after every stage from the rows that are there; plots at its end.
 
 Ratios are torch's bf16 over ours, so above 1 we are faster; each is of the same rounds. The stack of a model is the sum
 of its four linears: one layer, weighted by time.
@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import report_folder
 from .folder import MANIFEST, archived, read_lines, replace, rows_of
 from .record import Record
 
+_OWN = ("report.md", "table.csv", "records.jsonl")  # what a slot's folder has in a form of its own
 _LINEARS = ("qkv", "o", "gate_up", "down")
 _COLUMNS = (
     "level", "case", "spec", "head", "impl", "M", "N", "K", "batch", "status", "gate", "median_us", "lo_us", "hi_us",
@@ -24,10 +26,17 @@ _COLUMNS = (
 
 
 def write(folder: Path) -> None:
-    """Writes report.md and table.csv of the run in `folder`."""
+    """Writes report.md, table.csv and report.html of the run in `folder`, with plots/ once it is no longer running."""
     rows = rows_of(folder)
     replace(folder / "report.md", markdown(folder, rows).encode())
     replace(folder / "table.csv", table_csv(rows).encode())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    records = [Record.from_json(json.dumps(row), f"{folder}: {row['case']}") for row in rows]
+    # Tables first, in a moment; plots take seconds that a running slot has better use for.
+    page: dict[str, Any] = {"heading": f"Slot: {manifest['state']}", "keep": _OWN}
+    report_folder.write(folder, records, plots=False, **page)
+    if manifest["state"] != "running" and records:
+        report_folder.write(folder, records, **page)
 
 
 def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from . import bench_ladder
 from .bench import contexts, engine, quality, report_caches, report_ratios, slot_report
+from .bench import folder as folder_module
 from .bench import model as bench_module
 from .bench import record as record_module
 from .bench import report as bench_report
@@ -222,8 +223,10 @@ def show_records(records: Sequence[Record], ratios: bool = True) -> list[Rendera
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a JSONL file, or of `records.jsonl` in a folder. FormatError when there are none."""
+    """The records of a JSONL file, of `records.jsonl` in a folder, or of a slot's archives. FormatError when there are none."""
     file = Path(path) / "records.jsonl" if Path(path).is_dir() else Path(path)
+    if not file.is_file() and any(Path(path).glob("stage-*.tar.gz")):
+        return [Record.from_json(json.dumps(row), str(path)) for row in folder_module.rows_of(Path(path))]
     if not file.is_file():
         raise FormatError(f"{file}: not there; give a JSONL file of records, or the folder that a bench wrote")
     records = list(record_module.read(file))

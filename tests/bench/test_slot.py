@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from percard import compose
 from percard.bench import decode, folder, ops, slot, slot_report, slot_tasks
 from percard.bench.record import Record
 from percard.bench.runner import BAD_INPUT, CUT, DONE, RED, SHARE
@@ -72,6 +73,8 @@ def test_slot_on_a_cpu_and_again(tmp_path: Path) -> None:
     report = (out / "report.md").read_text()
     assert "| matmul_w8a8 | triton | 1 |" in report and FEW[1] in report and "noise floor" in report
     assert (out / "table.csv").read_text().splitlines()[1].startswith(f"op,{FEW[1]},w8a8")
+    page = (out / "report.html").read_text()
+    assert "Slot: complete" in page and FEW[1] in page and "<svg" not in page, "one row makes no plot"
     assert "torch" in (out / "env.txt").read_text()
     size = (out / "records.jsonl").stat().st_size
 
@@ -82,6 +85,7 @@ def test_slot_on_a_cpu_and_again(tmp_path: Path) -> None:
     for path in (*out.glob("*.jsonl"), out / "card.json"):
         path.unlink()
     assert slot_report.markdown(out, folder.rows_of(out)) == (out / "report.md").read_text(), "archives alone will do"
+    assert [row.case for row in compose.read_records(out)] == [FEW[1]]
 
 
 def test_sigterm_ends_a_real_slot(tmp_path: Path) -> None:
