@@ -337,7 +337,7 @@ def group_of(record: Record, by: str) -> str:
         return record.model.get("id") or (".".join(parts[:layer]) if layer else parts[0])
     if by == "layer":
         if record.level in ("model", "layer"):
-            return "prefill" if ".pp" in record.case else "decode"
+            return "prefill" if ".pp" in record.case else "whole" if ".mix" in record.case else "decode"
         return parts[layer] if layer else parts[0]
     spec = record.scheme.get("spec")
     return (

@@ -47,7 +47,7 @@ from .model_sides import (
     weights_hash,
 )
 from .record import Record
-from .worker import outcome_of
+from .worker import Outcome, outcome_of
 
 __all__ = ["BASELINE", "NotComparable", "Plan", "Side", "quality", "run"]
 
@@ -300,7 +300,7 @@ class _Bench:
         if side.ended is None:
             return model_rows.red(self.setting, self.machine, side, phase, group.depth, group.batch)
         at = (phase, group.depth, group.batch)
-        return model_rows.failed(self.setting, side.wanted, *at, side.ended.status, side.ended.error)
+        return model_rows.failed(self.setting, side.wanted, *at, side.ended, side.quality)
 
     def _timed(self, group: Group, sides: Sequence[Side], begin: float) -> dict[tuple[str, str], Record]:
         """Rows by (side, phase). When the rounds of all fail, each variant is timed alone beside the baseline."""
@@ -312,7 +312,7 @@ class _Bench:
             if len(sides) == 2:
                 outcome, side = outcome_of(error), sides[1].wanted
                 base = self._timed(group, sides[:1], begin)
-                at = (group.depth, group.batch, outcome.status, outcome.error)
+                at = (group.depth, group.batch, outcome)
                 phases = self.phases(side, group)
                 return base | {(side.name, p): model_rows.failed(self.setting, side, p, *at) for p in phases}
         found: dict[tuple[str, str], Record] = {}
@@ -356,7 +356,8 @@ class _Bench:
                     if first is None or step is None or theirs is None:
                         error = {"type": "Missing", "message": "its prompt was not timed", "stage": "prefill"}
                         at = (phase, group.depth, group.batch)
-                        found[side.name, phase] = model_rows.failed(self.setting, side.wanted, *at, "failed", error)
+                        ended = Outcome("failed", error)
+                        found[side.name, phase] = model_rows.failed(self.setting, side.wanted, *at, ended)
                         continue
                     sample = model_rows.whole(first, step, plan.new)
                     against = model_rows.whole(theirs, samples[base.name], plan.new)

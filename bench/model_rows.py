@@ -24,6 +24,7 @@ from .fair import Budget, Plan
 from .model_sides import Side, Wanted
 from .probe import FLOATS
 from .record import Record
+from .worker import Outcome
 
 _LAUNCH = 1 / 3  # below this share of either roof, steps that were launched one by one wait for their launches
 
@@ -215,10 +216,13 @@ def red(setting: Setting, machine: Machine, side: Side, phase: str, depth: int, 
     )
 
 
-def failed(setting: Setting, side: Wanted, phase: str, depth: int, batch: int, status: str, error: Any) -> Record:
+def failed(
+    setting: Setting, side: Wanted, phase: str, depth: int, batch: int, ended: Outcome, quality: Any = None
+) -> Record:
     """The Record of a side that could not be measured."""
     about = setting.about(side, phase, depth, batch)
-    return Record(cell_key=setting.key(side, phase, depth, batch), status=status, error=error, **about)
+    key = setting.key(side, phase, depth, batch)
+    return Record(cell_key=key, status=ended.status, error=ended.error, quality=quality or None, **about)
 
 
 def whole(first: clock.Sample, step: clock.Sample, new: int) -> clock.Sample:

@@ -14,6 +14,7 @@ import torch
 from ..formats import compressed_tensors
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
+from ..kernels.self_test import FAILED
 from . import contexts, quality, soundness
 from .engine import Model, load, load_config
 from .engine import kv as caches
@@ -215,12 +216,20 @@ def load_sides(
             made = [Side(one, _over(heads.of(held, one.head), one.kv)) for one in mine]
         except (RuntimeError, NotImplementedError, MemoryError, FormatError) as error:
             say(f"{spec}: not loaded ({error})")
-            sides += [Side(one, ended=outcome_of(error)) for one in mine]
+            sides += [_ended(Side(one), error) for one in mine]
             continue
         for side in made:
             side.load_s = base.load_s if spec is None else time.perf_counter() - begin
         sides += made
     return sides
+
+
+def _ended(side: Side, error: Exception) -> Side:
+    """A side with nothing to time; its gate is red when a kernel gave wrong numbers."""
+    side.ended, side.quality = outcome_of(error), {}
+    if FAILED in str(error):
+        side.quality = {"gate": "red", "reasons": [f"{side.name}: a kernel {FAILED}"]}
+    return side
 
 
 class Heads:
@@ -270,7 +279,7 @@ def judge(
             if side is sides[0]:
                 raise
             say(f"{side.name}: does not run ({error})")
-            side.ended = outcome_of(error)
+            _ended(side, error)
             continue
         if wrong:
             reasons = [*dict.fromkeys(wrong), *(side.quality.get("reasons") or ())]

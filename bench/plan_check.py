@@ -259,6 +259,8 @@ def _one(record: Record, layers: Sequence[Record]) -> Measured | str:
         )
     if record.level not in ("model", "layer"):
         return f"level {record.level} is not predicted: waves of requests have no closed form"
+    if ".mix" in record.case:
+        return "prompt and steps as a whole: each is predicted by its own row"
     if record.model.get("shard"):
         return "a rank's shard: its links are not measured"
     if "dequantised" in str(record.body.get("impl")):

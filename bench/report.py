@@ -57,7 +57,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Of several caches and depths the first; all of them stand in report_caches.py's table.
     """
     groups: dict[str, dict[tuple[str, str], Record]] = {}
-    for record in report_caches.first_of_each(r for r in records if r.level == "model" and r.status == "ok"):
+    told = (r for r in records if r.level == "model" and (r.status == "ok" or (r.quality or {}).get("gate") == "red"))
+    for record in report_caches.first_of_each(told):
         named = "baseline" if record.scheme["spec"] in _FLOATS else record.scheme["spec"]
         phase = "prefill" if ".pp" in record.case else "decode"
         groups.setdefault(named, {})[phase, record.scheme["head"]] = record
@@ -104,7 +105,9 @@ def speed_name(model: Mapping[str, Any]) -> str:
     return model["id"] + (f" ({', '.join(words)})" if words else "")
 
 
-def _kernel(record: Record) -> str:
+def _kernel(record: Record) -> str | None:
+    if "impl" not in record.body:  # it could not be loaded
+        return None
     isa = record.body.get("isa")
     return record.body["impl"] + (f" ({isa})" if isa else "")
 

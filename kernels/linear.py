@@ -225,7 +225,7 @@ def prepare(
             if wrong:
                 warnings.warn(f"linear: {ops[-1].name} {names[-1]} serves, since {'; '.join(wrong)}", stacklevel=2)
             return packed
-        wrong.append(f"{ops[-1].name} {names[-1]} failed its self-test at {w.shape} {w.spec} on {device}: {fault}")
+        wrong.append(f"{ops[-1].name} {names[-1]} {_self_test.FAILED} at {w.shape} {w.spec} on {device}: {fault}")
     remedy = "its numbers cannot be trusted here: try another Triton or driver, and report it; self_test=False loads it as is"
     raise Unsupported(f"linear: {'; '.join(wrong)}; {remedy}")
 
@@ -313,7 +313,7 @@ def prepare_experts(
     fault = _self_test.experts_fault(moe_matmul, body.name, packed) if self_test and not slow else None
     if fault is not None:
         remedy = "try another Triton or driver, and report it; self_test=False loads it as is"
-        what = f"moe_matmul {body.name} failed its self-test at {w.shape} {w.spec} on {device}: {fault}"
+        what = f"moe_matmul {body.name} {_self_test.FAILED} at {w.shape} {w.spec} on {device}: {fault}"
         raise Unsupported(f"{what}; its numbers cannot be trusted here: {remedy}")
     return packed
 

@@ -23,6 +23,7 @@ from .conformance import difference, faults
 from .op import Op
 
 TOKENS = (1, 17)
+FAILED = "failed its self-test"  # in the error of a weight that no body serves rightly
 ROWS = 64  # of the weight go through the reference, for each number of tokens: the first ones and the last ones
 CPU_ROWS = 2048
 MANY = 1024  # rows that are tried on a card as well: there another way may serve a prompt
