@@ -36,6 +36,7 @@ from .record import Record
 from .vocabulary import Vocabulary
 
 SIXTEEN = "bf16"  # names 16-bit weights or caches, whatever float type they run in
+_LEAST_S, _MOST_ROUNDS = 1.5, 25  # a side is timed for so long, or in so many rounds
 _HOPELESS = 4.0  # a float type whose first short wave takes so many times the best whole one is not tried further
 TEXT_TOKENS = 16384  # of the text that KL is measured on, at most
 
@@ -213,20 +214,29 @@ def judge(rung: Rung, model: Model, plain: bool) -> dict[str, Any]:
 
 
 def time_waves(rung: Rung, model: Model) -> dict[str, dict[str, clock.Sample]]:
-    """{"prefill", "step", "wave"}: seconds of both sides in the same rounds; a wave is a prefill and the steps after it."""
+    """{"prefill", "wave"} -> side -> seconds, of the same rounds; a wave is a prefill and the steps after it.
+
+    Short waves are repeated: a few of them would say more about the machine than about the model.
+    """
     plan = fair.Plan(prompt=rung.isl, new=max(1, rung.osl - 1), batch=rung.plan.batch, rounds=rung.plan.rounds)
     sides = {"baseline": rung.reference, "pair": model}
     contexts.fits_memory(list(sides.values()), plan, rung.where)
     ids = contexts.tokens_of(rung.config.vocab, (plan.batch, plan.prompt), 1, rung.where)
     held = {name: side.new_cache(plan.batch, plan.prompt) for name, side in sides.items()}
     calls = {name: functools.partial(side.prefill, ids, held[name]) for name, side in sides.items()}
-    prefill = clock.ab(calls, rounds=plan.rounds, device=rung.where, before=lambda name, turn: held[name].rewind())
+
+    def prefills(rounds: int) -> dict[str, clock.Sample]:
+        return clock.ab(calls, rounds=rounds, device=rung.where, before=lambda name, turn: held[name].rewind())
+
+    wave = prefills(1)["baseline"].median * rung.osl  # at most: a step is no longer than the prefill of as many prompts
+    plan = replace(plan, rounds=max(plan.rounds, min(_MOST_ROUNDS, math.ceil(_LEAST_S / wave))))
+    prefill = prefills(plan.rounds)
+    if rung.osl == 1:  # the prefill gives the one token
+        return {"prefill": prefill, "wave": prefill}
     step = contexts.time_decode(sides, plan, plan.prompt, rung.where).samples
-    waves = {}
-    for name in sides:
-        both = zip(prefill[name].samples, step[name].samples, strict=True)
-        waves[name] = clock.Sample.of([p + (rung.osl - 1) * s for p, s in both])
-    return {"prefill": prefill, "step": step, "wave": waves}
+    both = {name: zip(prefill[name].samples, step[name].samples, strict=True) for name in sides}
+    waves = {name: clock.Sample.of([p + plan.new * s for p, s in rounds]) for name, rounds in both.items()}
+    return {"prefill": prefill, "wave": waves}
 
 
 def _figures(rung: Rung, model: Model, baseline_key: str, price: float | None) -> dict[str, Any]:
@@ -236,13 +246,21 @@ def _figures(rung: Rung, model: Model, baseline_key: str, price: float | None) -
     gain = clock.ratio(times["wave"]["baseline"], wave)
     rate = batch * rung.osl / wave.median
     versus = {"ratio": gain.median, "ci95": [gain.lo, gain.hi], "batch": batch, "batch_fp16": batch}
-    tokens = {"tok_s": rate, "tok_s_in": batch * rung.isl / prefill.median, "tok_s_per_card": rate}
+    tokens: dict[str, Any] = {"tok_s": rate, "tok_s_in": batch * rung.isl / prefill.median, "tok_s_per_card": rate}
     tokens |= {"tok_s_per_user": rate / batch, "concurrency": batch}
     tokens["vs_fp16"] = {"same_batch": versus | {"baseline_key": baseline_key}}
     spread = {name: getattr(wave, name) * 1e6 for name in ("median", "lo", "hi", "iqr")}
     return {
         "tokens": tokens,
         "latency_us": spread | {"samples": [s * 1e6 for s in wave.samples]},
+        "clock": {"mode": "graph" if rung.where.type == "cuda" else "wall", "l2": "warm", "rounds": len(wave.samples)}
+        | {
+            "calls_per_sample": 1,
+            "warmup": 1,
+            "power": "sustained",
+            "drift": wave.drift,
+            "noisy": card.noise(rung.where),
+        },
         "money": priced(rung.isl, rung.osl, batch, tokens, price),
     }
 
@@ -262,7 +280,7 @@ def _measure(rung: Rung, pair: Pair, key: str, own_key: str, about: Mapping[str,
     model = model.with_kv(None if pair.kv == SIXTEEN else pair.kv)
     judged = judge(rung, model, pair.plain)
     figures = {} if judged["gate"] == "red" else _figures(rung, model, own_key, price)
-    bits = {"kv_bits": model.kv.bits if model.kv.quantised else model.dtype.itemsize * 8}
+    bits: dict[str, Any] = {"kv_bits": model.kv.bits if model.kv.quantised else model.dtype.itemsize * 8}
     spec = model.spec
     bits |= {"weight_bits": spec.weight_bits if spec else model.dtype.itemsize * 8}
     bits |= {"act_bits": spec.act_bits if spec else model.dtype.itemsize * 8, "group": spec.group if spec else None}
@@ -273,8 +291,6 @@ def _measure(rung: Rung, pair: Pair, key: str, own_key: str, about: Mapping[str,
         **{**about, "scheme": about["scheme"] | bits | {"head": model.head, "notes": list(model.notes)}},
         seconds=round(time.perf_counter() - begun, 3),
         body=body,
-        clock={"mode": "graph" if rung.where.type == "cuda" else "wall", "l2": "warm", "rounds": rung.plan.rounds}
-        | {"calls_per_sample": 1, "warmup": 1, "power": "sustained", "noisy": card.noise(rung.where)},
         memory={"weights": model.nbytes, "kv_bytes_per_token": model.kv_bytes_per_token}
         | {"kv": rung.plan.batch * (rung.isl + rung.osl) * model.kv_bytes_per_token},
         quality=judged,
@@ -376,61 +392,3 @@ def seconds(rung: Rung, pair: Pair) -> float:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-# ---- the verdict -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A row of the ladder; `why` is empty when it passes, else what keeps it from passing."""
-
-    row: Record
-    why: str
-
-    @property
-    def score(self) -> float | None:
-        return ((self.row.quality or {}).get("task") or {}).get("score")
-
-    @property
-    def usd(self) -> float | None:
-        """Dollars of a million tokens, in and out together."""
-        return ((self.row.money or {}).get("usd_per_mtok") or {}).get("total")
-
-    @property
-    def tok_s(self) -> float | None:
-        return (self.row.tokens or {}).get("tok_s_per_card")
-
-
-def verdicts(rows: Sequence[Record], plan: Plan) -> tuple[list[Verdict], float | None]:
-    """What passes, cheapest first (fastest without a price), then what does not by score; and the least score that passes."""
-    scores = [
-        Verdict(row, "").score for row in rows if row.scheme == row.scheme | {"spec": SIXTEEN, "kv_spec": SIXTEEN}
-    ]
-    best = max((score for score in scores if score is not None), default=None)
-    least = None if best is None else plan.allowed(best)
-    found = [Verdict(row, _why(row, least)) for row in rows]
-
-    def order(verdict: Verdict) -> tuple[Any, ...]:
-        cost = verdict.usd if verdict.usd is not None else -(verdict.tok_s or 0.0)
-        return bool(verdict.why), -(verdict.score or 0.0) if verdict.why else cost, cost
-
-    return sorted(found, key=order), least
-
-
-def _why(row: Record, least: float | None) -> str:
-    if row.error is not None:
-        return f"{row.status}: {row.error.get('message')}"
-    judged = row.quality or {}
-    if judged.get("gate") == "red":
-        return f"gate red: {'; '.join(judged.get('reasons') or [])}"
-    if judged.get("gate") == "none" and row.scheme["spec"] != SIXTEEN:
-        return "; ".join(judged.get("reasons") or ["nothing gates this spec"])
-    asked = judged["task"]
-    if least is None:
-        return "no 16-bit score to hold it against"
-    if asked["score"] >= least:
-        return ""
-    short = math.ceil((least - asked["score"]) * asked["n"] - 1e-9)
-    within = ", inside its interval" if asked["ci95"][1] >= least else ""
-    return f"score below {least:.1%}: {short} of {asked['n']} questions short{within}"

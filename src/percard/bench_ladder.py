@@ -14,7 +14,8 @@ from .bench_options import AsJson, DryRun, Force, Out, Quick, Retry, UsdHour, co
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .bench.ladder import Plan, Verdict
+    from .bench.ladder import Plan
+    from .bench.ladder_verdicts import Verdict
     from .bench.record import Record
 
 QUICK_QUESTIONS = 64
@@ -75,9 +76,9 @@ def tables(rows: Sequence[Record], plan: Plan | None = None) -> list[RenderableT
     """The ladder of one task: score against cost, and under it why what does not pass does not."""
     from rich.table import Table
 
-    from .bench import ladder
+    from .bench import ladder, ladder_verdicts
 
-    found, least = ladder.verdicts(rows, plan or ladder.Plan())
+    found, least = ladder_verdicts.verdicts(rows, plan or ladder.Plan())
     price = next((v.row.money for v in found if v.row.money), None)
     shape = rows[0].shape
     table = Table(
@@ -85,16 +86,7 @@ def tables(rows: Sequence[Record], plan: Plan | None = None) -> list[RenderableT
     )
     for name in ("", "model", "spec", "cache"):
         table.add_column(name)
-    heads = [
-        "score % (95 %)",
-        *(["$/Mtok"] if price else []),
-        "tok/s/card",
-        "x 16-bit (95 %)",
-        "weights MB",
-        "KL",
-        "top-1 %",
-        "length",
-    ]
+    heads = ["score %", *(["$/Mtok"] if price else []), "tok/s/card", "x 16-bit", "MB", "KL", "top-1 %", "length"]
     for name in heads:
         table.add_column(name, justify="right")
     for number, verdict in enumerate(found, 1):

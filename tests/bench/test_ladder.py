@@ -14,7 +14,8 @@ import torch
 
 from percard.bench import ladder, quality, record, task
 from percard.bench.engine import Model
-from percard.bench.ladder import Pair, Plan, Rung, verdicts
+from percard.bench.ladder import Pair, Plan, Rung
+from percard.bench.ladder_verdicts import drifts, verdicts
 from percard.bench.record import Record
 from percard.bench.task import Item, Task
 from percard.formats.spec import FormatError, QuantSpec
@@ -111,6 +112,18 @@ def test_the_drop_is_of_the_best_and_a_hundredth_when_not_said() -> None:
 def test_without_a_price_the_fastest_is_first() -> None:
     rows = [row("bf16", 0.8, None, 10, "none"), row("w8a8", 0.8, None, 20), row("w4a16-g64", 0.8, None, 15)]
     assert [v.row.scheme["spec"] for v in verdicts(rows, Plan())[0]] == ["w8a8", "w4a16-g64", "bf16"]
+
+
+def test_a_machine_that_drifted_is_told() -> None:
+    def timed(model: str, rate: float, ratio: float | None) -> Record:
+        return row(
+            "w8a8", 0.8, None, 1, model=model, tokens={"tok_s": rate, "vs_fp16": {"same_batch": {"ratio": ratio}}}
+        )
+
+    steady = [timed("m", 100, 1.0), timed("m", 204, 2.0), timed("m", 999, None), row("w4a8", 0.8, None, 0, "red")]
+    assert not drifts(steady)
+    (words,) = drifts([*steady, timed("n", 100, 1.0), timed("n", 240, 2.0)])
+    assert words.startswith("n: 16 bits ran at 100 to 120 tok/s")
 
 
 def test_costs_of_tokens() -> None:
