@@ -92,7 +92,7 @@ def points(rows: Iterable[Record], quantile: float = ratios.QUANTILE) -> list[Po
 
 def _over_ladder(r: Record) -> bool:
     return (".tg" in r.case or ".mix" in r.case) and bool(
-        r.tokens and r.latency_us and "max_fit" in r.tokens["vs_fp16"]
+        r.tokens and r.latency_us and "max_fit" in (r.tokens.get("vs_fp16") or {})  # rows of other programs have none
     )
 
 

@@ -123,7 +123,7 @@ def _rate(record: Record | None) -> dict[str, float] | None:
 def _ratio(record: Record | None) -> dict[str, Any] | None:
     if record is None or not record.tokens:
         return None
-    return record.tokens["vs_fp16"]["same_batch"]
+    return (record.tokens.get("vs_fp16") or {}).get("same_batch")
 
 
 def title(records: Sequence[Record]) -> str:

@@ -321,11 +321,12 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
                 dict.fromkeys(told, "baseline" if wanted.plain else RED),
                 "baseline" if wanted.plain else RED,
             )
+        unsaid = "16-bit" if every[0].source == "percard" else "not stated"  # our rows name a cache that is not
         found.append(
             Verdict(
                 side=wanted,
-                name="/".join(dict.fromkeys(str(r.scheme.get("spec")) for r in [*reads, *mine] or every)),
-                cache=wanted.cache or next((r.scheme["kv_spec"] for r in every if r.scheme.get("kv_spec")), "16-bit"),
+                name="/".join(dict.fromkeys(r.scheme.get("spec") or "not stated" for r in [*reads, *mine] or every)),
+                cache=wanted.cache or next((r.scheme["kv_spec"] for r in every if r.scheme.get("kv_spec")), unsaid),
                 quality=quality,
                 weights=memory.get("weights"),
                 kv_per_token=memory.get("kv_bytes_per_token"),

@@ -12,6 +12,7 @@ from . import (
     bench_attention,
     bench_card,
     bench_compare,
+    bench_import,
     bench_ladder,
     bench_layer,
     bench_model,
@@ -93,6 +94,11 @@ app.command("layer", help=manual.BENCH_LAYER, short_help="One decoder layer, or 
 )
 app.command("card", help=manual.BENCH_CARD, short_help="Roofs of this machine, for percard plan.")(
     bench_card.bench_card
+)
+
+
+app.command("import", help=manual.BENCH_IMPORT, short_help="Results of vLLM, SGLang, llama.cpp as records.")(
+    bench_import.bench_import
 )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from . import bench_ladder
-from .bench import contexts, engine, quality, report_caches, report_ratios, slot_report
+from .bench import contexts, engine, imports, quality, report_caches, report_ratios, slot_report
 from .bench import folder as folder_module
 from .bench import model as bench_module
 from .bench import record as record_module
@@ -208,7 +208,9 @@ def bench_model(
 
 def show_records(records: Sequence[Record], ratios: bool = True) -> list[RenderableType]:
     """The tables of records: ladders of a task, model runs with their footnotes, then ops; without `ratios` not those over batches."""
-    models = [record for record in records if record.level == "model" and not bench_ladder.is_rung(record)]
+    others = [record for record in records if record.source != "percard"]
+    own = [record for record in records if record.source == "percard" and not bench_ladder.is_rung(record)]
+    models = [record for record in own if record.level == "model"]
     parts: list[RenderableType] = bench_ladder.ladders(records)
     if models:
         parts.append(bench_report.table(bench_report.rows(models), bench_report.title(models)))
@@ -219,7 +221,7 @@ def show_records(records: Sequence[Record], ratios: bool = True) -> list[Rendera
         parts += [f"- {words}" for words in bench_report.footnotes(models)]
     if any(record.level == "op" for record in records):
         parts.append(slot_report.of_records(records))
-    return parts
+    return parts + [f"- {record.case}, measured by {record.source}: {imports.in_words(record)}" for record in others]
 
 
 def read_records(path: str | Path) -> list[Record]:

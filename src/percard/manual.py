@@ -183,6 +183,18 @@ Benjamini-Hochberg over all cells. Exit code 0 no regression, 3 not comparable (
 --across prints anyway and still returns 3), 4 a regression, worse quality or a red gate.
 """
 
+BENCH_IMPORT = """Results of other programs as records, for one report and one comparison.
+
+\b
+  percard bench import vllm-serve result.json --spec w4a16-g128 --card h20-96 --cards 4 --out served.jsonl
+  percard bench import sglang result.jsonl --model Qwen/Qwen3-8B --out served.jsonl
+  percard bench import llama-bench result.json --out served.jsonl
+
+Files of `vllm bench serve --save-result`, `python -m sglang.bench_serving --output-file`, `llama-bench -o json|jsonl`. What a file
+does not say stays null; the flags say it. TPOT leaves the first token out: a file whose own end-to-end times show otherwise is
+refused, or converted by --tpot-includes-first.
+"""
+
 BENCH_REPORT = """The tables of records that any `percard bench` verb or `demo` wrote, and with --out a page with plots.
 
 \b
