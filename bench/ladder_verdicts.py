@@ -10,7 +10,6 @@ from typing import Any
 from .ladder import SIXTEEN, Plan
 from .record import Record
 
-
 DRIFT = 0.05  # share by which the 16-bit side may differ from cell to cell before it is told
 
 

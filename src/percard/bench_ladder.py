@@ -107,9 +107,12 @@ def tables(rows: Sequence[Record], plan: Plan | None = None) -> list[RenderableT
         f"timed: {shape['batch']} at once, prompts of {' / '.join(map(str, dict.fromkeys(r.shape['isl'] for r in rows)))} tokens, "
         f"answers of {shape['osl']}; tok/s are output tokens over the whole time, prompts included"
     )
-    parts += [
-        f"- {v.row.model['id']} {v.row.scheme['spec']} {v.row.scheme['kv_spec']} cache: {v.why}" for v in found if v.why
-    ]
+    parts.append(
+        "in brackets: 95 % intervals; x 16-bit: against the same model in 16 bits, in the same rounds; MB: of weights"
+    )
+    failing = [(v.row, v.why) for v in found if v.why]
+    named = [f"{row.model['id']} {row.scheme['spec']} {row.scheme['kv_spec']} cache: {why}" for row, why in failing]
+    parts += [f"- {words}" for words in [*ladder_verdicts.drifts(rows), *named]]
     return parts
 
 

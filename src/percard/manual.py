@@ -96,6 +96,8 @@ BENCH_OPS = """Linears of real layers against torch's floats and int8 rivals: co
 \b
   percard bench ops                                           Qwen3-0.6B shapes on this machine
   percard bench ops --models qwen3-8b --specs w4a16-g128 --tokens 1,16,256
+  percard bench ops --quick                                   under two minutes
+  percard bench ops --full --out ops.jsonl                    everything; the same command goes on where it was cut
 
 Each kernel is compared with its reference at the very shape before it is timed there. Quantising activations is inside.
 """
@@ -121,6 +123,7 @@ BENCH_ATTENTION = """Ops over a paged cache, each spec of it, against torch's at
   percard bench attention                                     decode at 32/8/128, 8k and 32k, batch 1 and 8
   percard bench attention --kv int8,int4 --context 8192 --batch 1 --heads qwen3-8b
   percard bench attention --op kv_append,gather_dequantize    what writes the cache, what unpacks a prefix
+  percard bench attention --full --out attention.jsonl        everything; the same command goes on where it was cut
 
 Compared with its reference at these heads first; then in turn with scaled_dot_product_attention, whose query heads are folded
 into rows. Caches rotate, so that memory is cold. Bytes of a token are measured from the tensors.
