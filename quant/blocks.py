@@ -75,6 +75,9 @@ class Experts(nn.Module):
         self.slots = dict(slots)  # "3.up_proj" -> Slot
         self.count = count
         self.watch: Watch | None = None  # sees the input of all tokens
+        self.watch_output: Callable[[int, torch.Tensor, torch.Tensor], None] | None = (
+            None  # (expert, [T, H], router's weight [T])
+        )
         self.tokens = torch.zeros(count, dtype=torch.int64)  # how many each expert has met
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -90,8 +93,10 @@ class Experts(nn.Module):
             start += count
             if count:
                 token = picked // index.shape[1]
-                y = self.one(expert, x[token]) * weight.flatten()[picked, None]
-                out.index_add_(0, token, y.to(out.dtype))
+                y, share = self.one(expert, x[token]), weight.flatten()[picked]
+                if self.watch_output is not None:
+                    self.watch_output(expert, y, share)
+                out.index_add_(0, token, (y * share[:, None]).to(out.dtype))
         return out
 
     def inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_options, bench_verbs, console, manual, planning
+from . import __version__, bench_options, bench_verbs, console, manual, planning, pruning
 
 app = typer.Typer(
     help=manual.ROOT,
@@ -176,6 +176,9 @@ def calibrate_kv(
     except KeyboardInterrupt as error:  # the parser would forget what it says about finished layers
         sys.exit(console.fail(error, "percard calibrate-kv", as_json))
     _show(found, as_json)
+
+
+app.command(help=manual.PRUNE, short_help="A checkpoint becomes a smaller one of its family.")(pruning.prune)
 
 
 @app.command(help=manual.GENERATE, short_help="Complete a prompt.")

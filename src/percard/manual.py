@@ -69,6 +69,21 @@ what each layer costs alone. The other half says what all layers cost together. 
 percard_kv.safetensors into DIR at the end; config.json and the weights stay untouched. A run that was cut goes on.
 """
 
+PRUNE = """Cut blocks, channels, heads or experts out of the checkpoint SRC; OUT is an ordinary model of the same family.
+
+\b
+  percard prune ./Qwen3-8B --ffn 9216 --dry-run                       what would be cut and what it saves; reads no weights
+  percard prune ./Qwen3-8B --ffn 9216 --layers 32 --calibration c.jsonl --out out/child
+  percard prune ./Qwen3-30B-A3B --experts 96 --calibration c.jsonl --text held.txt --out out/child
+  percard prune ./Qwen3-8B --target-params 0.75 --calibration c.jsonl --out out/child
+  percard prune ./Qwen3-8B --target-cost 0.7 --card h20-96 --users 32 --out out/child    by the planner's cost of a token
+  percard prune ./Qwen3-8B --mask wanda --sparsity 2:4 --out out/zeros      zeros, for study: nothing gets faster
+
+Sizes are rounded up to what stays servable when it is quantised in --group and split over --tp cards. Which parts go is decided
+by what a text shows: block influence (scored again after each drop), activations of channels and heads, REAP for experts.
+A dense child needs training before it serves: percard distill. Only a few experts of a mixture may go without.
+"""
+
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
 
 \b
