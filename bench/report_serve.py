@@ -13,10 +13,10 @@ from .record import Record
 from .report_ratios import Lines
 
 RATES = (
-    "spec", "cache", "at once", "tok/s (rounds)", "in t/s", "per user", "req/s", "good/s", "TTFT 50", "99", "TPOT 50", "99",
-    "ITL 99", "E2E 99",
+    "spec", "cache", "users", "tok/s (rounds)", "in t/s", "per user", "good/s", "TTFT 50", "99", "TPOT 50", "99", "ITL 99",
+    "E2E 99",
 )  # fmt: skip
-RATIOS = ("spec", "cache", "gate", "at once", "same batch, x", "same bound, x", "max fit, x", "fits", "$/Mt", "J/t")
+RATIOS = ("spec", "cache", "gate", "users", "same batch, x", "same bound, x", "max fit, x", "fits", "$/Mt", "J/t")
 _WAYS = ("same_batch", "same_bound", "max_fit")
 _FLOATS = ("bf16", "fp32", "fp16")
 
@@ -44,7 +44,7 @@ def _rates(records: Sequence[Record]) -> Lines:
     load = records[0].shape.get("load") or {}
     refused = f", {load['refused']} refused (above the context)" if load.get("refused") else ""
     lines.notes += [
-        "TTFT, TPOT (first token left out), ITL and E2E in ms, 50 and 99: percentiles over requests of all rounds",
+        "users: requests of a wave; TTFT, TPOT (first token left out), ITL and E2E in ms, 50 and 99: percentiles over all rounds",
         f"{load.get('requests')} requests{refused}; a wave starts when the one before has ended: no continuous batching",
         f"mix {load.get('mix')}: {load.get('source')}",
     ]
@@ -59,7 +59,7 @@ def _figures(r: Record) -> tuple[str, ...]:
     ends = sorted(rate * latency["median"] / latency[name] for name in ("hi", "lo"))
     return (
         f"{number(rate)} ({'-'.join(number(end) for end in ends)})",
-        *(number(tokens.get(name)) for name in ("tok_s_in", "tok_s_per_user", "req_s", "goodput")),
+        *(number(tokens.get(name)) for name in ("tok_s_in", "tok_s_per_user", "goodput")),
         *(
             _ms(tokens, *which)
             for which in (("ttft_s", "p50"), ("ttft_s", "p99"), ("tpot_s", "p50"), ("tpot_s", "p99"))
@@ -95,6 +95,9 @@ def _ratios(records: Sequence[Record]) -> Lines:
             ]
         fits = number(memory.get("max_concurrency"))
         lines.rows.append((*side, gate, str(r.shape["batch"]), *cells, fits, number(price), number(joules)))
+    kept = [i for i in range(len(RATIOS)) if i < 8 or any(row[i] != "-" for row in lines.rows)]  # no price, no joules: no column
+    lines.header = tuple(RATIOS[i] for i in kept)
+    lines.rows = [tuple(row[i] for i in kept) for row in lines.rows]
     first = records[0]
     lines.notes = [f"[{n}] {why}" for why, n in numbers.items()]
     lines.notes += [f"* {words}" for words in sorted(stars)]

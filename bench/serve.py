@@ -38,7 +38,6 @@ from .ratios import Bound
 from .record import Record
 from .serve_speed import Speed, measure
 
-QUICK_GATE = 2048  # tokens of the text
 BASELINE, AGAIN = "baseline", "baseline again"
 WARM_TOKENS, TRIED_TOKENS = 2, 8  # of an answer while warming up, and where float types are compared
 
@@ -409,11 +408,11 @@ def choice(
         given = {
             "specs": ("w8a8", "w4a16-g64"),
             "kv": ("bf16", "int8"),
-            "requests": 12,
+            "requests": 24,
             "scale": 0.1,
             "bound": "ttft=1s,tpot=50ms",
         }
-        given |= {"concurrency": (1, 4), "rounds": 3, "gate_tokens": QUICK_GATE}
+        given |= {"concurrency": (1, 4), "rounds": 3}
         if source is None and on_card:
             source, given["layers"], given["concurrency"] = "shape:qwen3-8b", 8, (1, 16)
         elif source is None:
