@@ -139,7 +139,7 @@ def _one(
         found["mv"] = _best(decode(one_row_linear), device, now) / copies
     if spec is None:
         # The head of a small model is a third of what a step reads. Its time does not depend on the numbers in it.
-        head, last = torch.full((config.vocab, config.hidden), 0.01, device=device, dtype=dtype), x[:, -1:]
+        head, last = torch.full((config.vocab, config.hidden), 0.01, device=device, dtype=dtype), x[:, -1:].contiguous()
         found["decode"] += _best(lambda: linear(last, head), device, now) / config.layers
         if mv:
             found["mv"] += _best(lambda: one_row_linear(last, head), device, now) / config.layers
