@@ -15,7 +15,7 @@ from typing import Any
 
 from .record import Record
 
-FLOATS = ("bf16", "fp16", "fp32")
+FLOATS = ("bf16", "fp16", "fp32", "16bit")  # 16bit: of a row that failed before its type was known
 BASELINE = (
     "FP16"  # how the side of 16-bit weights over a 16-bit cache is keyed; it is shown as the float types it ran in
 )
@@ -65,7 +65,8 @@ class Group:
     @property
     def title(self) -> str:
         by = "" if self.source == "percard" else f", measured by {self.source}"
-        return f"{self.model}, {'whole model' if self.level == 'model' else self.level}{by}; {self.machine}"
+        what = {"model": "whole model", "serve": "served requests", "ladder": "ladder of models and specs"}[self.level]
+        return f"{self.model}, {what}{by}; {self.machine}"
 
     def sides(self) -> list[Side]:
         """Baseline first, then in order of appearance, caches of one spec together."""
@@ -95,12 +96,19 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 def side(record: Record) -> Side:
     spec, cache = str(record.scheme.get("spec", "?")), record.scheme.get("kv_spec")
+    if is_rung(record):  # sides of a ladder are of several models, each with floats of its own
+        return Side(f"{record.model.get('id')} {spec}", None if cache in FLOATS else cache)
     return Side(BASELINE if spec in FLOATS else spec, None if cache in FLOATS else cache)
 
 
+def is_rung(record: Record) -> bool:
+    """Whether a record is of a ladder: a task of the user over models and specs."""
+    return ".ladder." in record.case
+
+
 def phase_of(record: Record) -> str:
-    """prefill, decode or mixed (a prompt and its answer together); of a served load: serve."""
-    if record.level == "serve":
+    """prefill, decode or mixed (a prompt and its answer together); of a served load and of a ladder: serve."""
+    if record.level == "serve" or is_rung(record):
         return "serve"
     return "prefill" if ".pp" in record.case else "mixed" if ".mix" in record.case else "decode"
 
@@ -132,7 +140,9 @@ def groups(records: Iterable[Record]) -> list[Group]:
     found: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in latest(records):
         if record.level in ("model", "serve"):
-            key = (record.level, machine(record), model_name(record), record.source)
+            rung = is_rung(record)
+            name = record.case.split(".ladder.")[1] if rung else model_name(record)
+            key = ("ladder" if rung else record.level, machine(record), name, record.source)
             found.setdefault(key, []).append(record)
     return [Group(*key, tuple(held)) for key, held in found.items()]
 
@@ -266,10 +276,15 @@ def energy_words(records: Sequence[Record]) -> str:
     return f"not available: {reasons[0] if reasons else 'not measured in this run'}"
 
 
+def case_of(record: Record) -> str:
+    """The case, without the model where sides are of several models."""
+    return "ladder." + record.case.split(".ladder.")[1] if is_rung(record) else record.case
+
+
 def headline(group: Group, phase: str) -> str | None:
     """The case that most sides have a figure of; of several the smallest batch at the smallest depth."""
-    cases = {r.case: r for r in group.records if phase_of(r) == phase}
-    counts = Counter(r.case for s in group.sides() for r in group.of(s, phase) if rate(r) is not None)
+    cases = {case_of(r): r for r in group.records if phase_of(r) == phase}
+    counts = Counter(case_of(r) for s in group.sides() for r in group.of(s, phase) if rate(r) is not None)
     if not cases:
         return None
     return min(cases, key=lambda c: (-counts[c], batch(cases[c]) or 0, depth(cases[c])))
@@ -305,7 +320,7 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
     for wanted in group.sides():
 
         def rows(phase: str, wanted: Side = wanted) -> list[Record]:
-            return sorted(group.of(wanted, phase), key=lambda r: r.case != cases[phase])
+            return sorted(group.of(wanted, phase), key=lambda r: case_of(r) != cases[phase])
 
         mine, reads = [r for phase in phases for r in rows(phase)], rows("prefill")
         every = [*mine, *reads, *group.of(wanted)]
@@ -313,7 +328,7 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
             continue
         memory: Mapping[str, Any] = next((r.memory for r in every if r.memory), None) or {}
         quality = next((r.quality for r in every if r.quality), None) or {}
-        read = next((rate(r) for r in reads if r.case == cases["prefill"]), None)
+        read = next((rate(r) for r in reads if case_of(r) == cases["prefill"]), None)
         told, reading = ratios(mine), ratios(reads)["same_batch"]
         red = quality.get("gate") == "red"
         if wanted.plain or red:
@@ -325,13 +340,15 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
         found.append(
             Verdict(
                 side=wanted,
-                name="/".join(dict.fromkeys(r.scheme.get("spec") or "not stated" for r in [*reads, *mine] or every)),
+                name=wanted.spec
+                if group.level == "ladder"
+                else "/".join(dict.fromkeys(r.scheme.get("spec") or "not stated" for r in [*reads, *mine] or every)),
                 cache=wanted.cache or next((r.scheme["kv_spec"] for r in every if r.scheme.get("kv_spec")), unsaid),
                 quality=quality,
                 weights=memory.get("weights"),
                 kv_per_token=memory.get("kv_bytes_per_token"),
                 prefill=read,
-                rate=next((rate(r) for r in mine if r.case in cases.values()), None),
+                rate=next((rate(r) for r in mine if case_of(r) in cases.values()), None),
                 prefill_ratio=reading,
                 ratios=told,
                 usd=RED if red else money_words(mine or every),

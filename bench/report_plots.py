@@ -108,7 +108,7 @@ def pareto(chart: Chart, palette: Palette, where: str) -> Drawing:
 
 
 def rates(charts: Sequence[Chart], palette: Palette, where: str) -> Drawing:
-    names = {"prefill": "prefill", "decode": "decode", "mixed": "prompt and answer", "serve": "served"}
+    names = {"prefill": "prefill", "decode": "decode", "mixed": "prompt and answer", "serve": "output"}
 
     def draw(width: float) -> Figure:
         sides = _sides(charts)

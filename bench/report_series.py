@@ -87,7 +87,7 @@ def rates(group: Group) -> list[Chart]:
         case = lines.headline(group, phase)
         curves = []
         for side in group.sides():
-            found = [r for r in group.of(side, phase) if r.case == case and lines.rate(r) is not None]
+            found = [r for r in group.of(side, phase) if lines.case_of(r) == case and lines.rate(r) is not None]
             if found:
                 rate = lines.rate(found[-1])
                 assert rate is not None

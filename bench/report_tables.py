@@ -41,7 +41,7 @@ def verdict(group: Group) -> list[Table]:
     Runs of a prompt and its answer together (mixed) have a table of their own below it.
     """
     found = lines.verdicts(group)
-    answers = "served, tok/s" if group.level == "serve" else "decode, tok/s"
+    answers = {"serve": "served, tok/s", "ladder": "output, tok/s"}.get(group.level, "decode, tok/s")
     columns: list[tuple[str, list[str]]] = [
         *_names(found),
         ("KL, nats", [_number(v.quality.get("kl"), ".4f") for v in found]),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .bench.record import Record
 
 
 def bench_report(
@@ -32,7 +38,7 @@ def bench_report(
     for path, run in zip(paths, runs, strict=True):
         if len(paths) > 1 and not as_json:
             console.show(f"\n{path}")
-        for part in [] if as_json else compose.show_records(run):
+        for part in [] if as_json else _parts(run):
             console.show(part)
     if out is not None:
         from .bench import report_folder
@@ -41,3 +47,19 @@ def bench_report(
         names = ", ".join(dict.fromkeys(path.stem if path.is_file() else path.name for path in paths))
         for file in report_folder.write(out, records, heading=f"percard: {names}", say=told):
             told(f"wrote {file}")
+
+
+def _parts(run: Sequence[Record]) -> Iterator[RenderableType]:
+    """The tables that the verbs themselves print; of what other programs measured the table of the page."""
+    from . import bench_layer, compose
+    from .bench import report_lines, report_ratios, report_serve, report_tables
+
+    ours = [r for r in run if r.source == "percard"]
+    yield from compose.show_records(ours)
+    for lines in report_serve.tables([r for r in ours if r.level == "serve"]):
+        yield report_ratios.table(lines)
+        yield from (f"- {told}" for told in lines.notes)
+    if layers := [r for r in ours if r.level == "layer"]:
+        yield from bench_layer.show(layers)
+    for group in report_lines.groups(r for r in run if r.source != "percard"):
+        yield from (table.markdown() for table in report_tables.verdict(group))

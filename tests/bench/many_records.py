@@ -197,5 +197,24 @@ def attention() -> list[Record]:
     return out
 
 
+def ladder() -> list[Record]:
+    """Three models, two specs: score of a task against cost, all of one batch."""
+    out = []
+    for model, size, score in (("qwen3-0.6b", 0.6, 0.41), ("qwen3-4b", 4.0, 0.78), ("qwen3-8b", 8.0, 0.84)):
+        for spec in ("bf16", "w8a8", "w4a16-g128"):
+            second = size / 8 * seconds(spec, "bf16", 8, 512)
+            task = {"name": "tickets", "score": score - 3 * KL[spec], "n": 200}
+            usd = {"in": 0.01, "out": 1e6 * 2.5 / 3600 / (8 / second), "total": 0.7e6 * 2.5 / 3600 / (8 / second)}
+            out.append(
+                record(
+                    "model", f"{model}.ladder.tickets.b8", spec, "bf16", 8, second, shape={"batch": 8, "isl": 300, "osl": 60},
+                    model={"id": model, "weights": "real", "layers_run": 36, "layers": 36},
+                    quality=quality(spec, "bf16") | {"task": task}, money={"usd_per_card_hour": 2.5, "usd_per_mtok": usd},
+                    tokens={"vs_fp16": {"same_batch": versus(spec, "bf16", 8, 512)["same_batch"]}},
+                )
+            )  # fmt: skip
+    return out
+
+
 def everything() -> list[Record]:
-    return [*models(), *served(), *linears(), *attention()]
+    return [*models(), *served(), *linears(), *attention(), *ladder()]

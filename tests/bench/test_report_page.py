@@ -199,6 +199,28 @@ def test_money_and_energy_are_told_or_their_reason() -> None:
     assert report_lines.money_words([row]).endswith("out")
 
 
+def test_a_ladder_sets_score_against_cost_over_models() -> None:
+    (group,) = report_lines.groups(many.ladder())
+    assert group.title == "tickets.b8, ladder of models and specs; NVIDIA H20"
+    (table,) = report_tables.verdict(group)
+    assert [row[0] for row in table.rows][:2] == ["qwen3-0.6b bf16", "qwen3-0.6b w8a8"] and "task score" in table.header
+    assert all(row[table.header.index("output, tok/s")] != "-" for row in table.rows)
+    (chart,) = report_series.prices(group)
+    assert chart.about == {"scored": True, "kind": "total"} and len(chart.curves) == 9
+    assert [c.points[0].y for c in chart.curves if c.side.spec == "qwen3-8b bf16"] == [0.84]
+
+
+def test_prices_of_one_kind_only() -> None:
+    """A side without a price of prompt and answer together is not set beside those that have one."""
+    rows = many.models()
+    for r in rows:
+        if r.scheme["kv_spec"] == "bf16" and r.money:
+            r.money["usd_per_mtok"]["total"] = 1000.0
+    (group,) = report_lines.groups(rows)
+    (chart,) = report_series.prices(group)
+    assert chart.about["kind"] == "out" and max(p.x for c in chart.curves for p in c.points) < 10
+
+
 def test_break_even_is_read_between_two_measured_m() -> None:
     def points(*pairs: tuple[float, float]) -> list[report_series.Point]:
         return [report_series.Point(x, y, y, y) for x, y in pairs]
