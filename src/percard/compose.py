@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from . import bench_ladder
-from .bench import contexts, engine, imports, quality, report_caches, report_ratios, slot_report
+from .bench import contexts, engine, imports, quality, report_caches, report_lines, report_ratios, slot_report
 from .bench import folder as folder_module
 from .bench import model as bench_module
 from .bench import record as record_module
@@ -208,6 +208,7 @@ def bench_model(
 
 def show_records(records: Sequence[Record], ratios: bool = True) -> list[RenderableType]:
     """The tables of records: ladders of a task, model runs with their footnotes, then ops; without `ratios` not those over batches."""
+    records = report_lines.latest(records)  # of a cell that was measured again its last row
     others = [record for record in records if record.source != "percard"]
     own = [record for record in records if record.source == "percard" and not bench_ladder.is_rung(record)]
     models = [record for record in own if record.level == "model"]

@@ -218,3 +218,15 @@ def test_a_ladder_on_the_command_line(percard: Run, checkpoint: Path, tmp_path: 
     assert percard("quantize", checkpoint, "--spec", "w8a8", "--out", quantised).code == 0
     refused = percard(*ask[:5], quantised)
     assert refused.code == 2 and "is quantised already; give its 16-bit source" in refused.error
+
+
+def test_a_cell_that_was_measured_again_is_shown_once(percard: Run, tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    about: dict[str, Any] = {"level": "op", "case": "m.down.decode.b1", "scheme": {"spec": "w8a8"}, "shape": {"M": 1}}
+    error = {"type": "RuntimeError", "message": "broke once", "stage": "run"}
+    latency = {"median": 7.5, "lo": 7.0, "hi": 8.0}
+    record.append(out, record.Record(cell_key="k", status="failed", error=error, **about))
+    assert "broke once" in percard("bench", "report", out).out
+    record.append(out, record.Record(cell_key="k", latency_us=latency, **about))
+    shown = percard("bench", "report", out).out
+    assert shown.count("m.down.decode.b1") == 1 and "7.5" in shown and "broke once" not in shown
