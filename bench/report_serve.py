@@ -95,7 +95,9 @@ def _ratios(records: Sequence[Record]) -> Lines:
             ]
         fits = number(memory.get("max_concurrency"))
         lines.rows.append((*side, gate, str(r.shape["batch"]), *cells, fits, number(price), number(joules)))
-    kept = [i for i in range(len(RATIOS)) if i < 8 or any(row[i] != "-" for row in lines.rows)]  # no price, no joules: no column
+    kept = [
+        i for i in range(len(RATIOS)) if i < 8 or any(row[i] != "-" for row in lines.rows)
+    ]  # no price, no joules: no column
     lines.header = tuple(RATIOS[i] for i in kept)
     lines.rows = [tuple(row[i] for i in kept) for row in lines.rows]
     first = records[0]

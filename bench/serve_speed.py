@@ -13,7 +13,7 @@ from .probe import FLOATS, NEAR, Probe, probe
 
 _PROMPT, _SHORT = 512, 32  # tokens of a probe's prompt: for prefill at most, and where only steps are looked at
 _DRAWN = 2.5e8  # synthetic weights that are drawn in a second, about; a checkpoint is read faster
-_REST = 1.15  # a model takes so much more than its layers: norms, rows that are brought together, Python
+_REST = 1.3  # a model takes so much more than its layers: batches that change, rows that are brought together, Python
 
 
 @dataclass(frozen=True)

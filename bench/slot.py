@@ -285,15 +285,21 @@ def time_model(run: Run) -> None:
     run.cells(cells)
 
 
+def time_serve(run: Run) -> None:
+    """Seeded requests in waves over one pool of pages: 16 bits and two specs over two caches, TTFT, TPOT, tokens per card."""
+    run.cells(importlib.import_module(f"{_PACKAGE}.serve_slot").cells(run.device))
+
+
 STAGES = (  # seconds of a ten-minute slot; they sum to 570, 30 s are the reserve
     Stage("fingerprint", 25, fingerprint, essential=True, patient=True),
     Stage("compile", 60, compile_kernels),
     Stage("correctness", 95, correctness, essential=True),
-    Stage("ops", 120, time_ops, essential=True),
+    Stage("ops", 110, time_ops, essential=True),
     Stage("attention", 60, time_attention),
     Stage("experts", 30, time_experts),
-    Stage("model", 90, time_model),
-    Stage("tune", 60, tune_configs),
+    Stage("model", 80, time_model),
+    Stage("serve", 25, time_serve),
+    Stage("tune", 55, tune_configs),
     Stage("tuned", 30, time_tuned),
 )
 
