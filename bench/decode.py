@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from ..formats.spec import QuantSpec
-from . import card, clock, contexts
+from . import card, clock, contexts, model_ratios, model_rows, ratios
 from .engine import Model, load, load_config
 from .engine.cache import Cache
 from .engine.config import Config
+from .fair import Plan, budget
+from .ratios import Point
 
 PROMPT = 512
 
@@ -65,15 +67,31 @@ def cell(
     prompted = {n: m for n, m in sides.items() if "16bit head" not in n}
     sides |= {f"{name}, {cache} cache": sides[name].with_kv(cache) for cache in kv}
     row = functools.partial(_row, name=name, sides=sides, roof=roof or {}, layers=layers)
+    points: dict[str, list[Point]] = {}
     with torch.inference_mode():
         times = _prefill(prompted, prompt, where, rounds)
         yield row(f"pp{prompt}.b1", "prefill", 1, prompt, times) | {"part": f"pp{prompt}.b1"}
         for batch in batches:
             seen = _decode(sides, batch, depth, where, rounds)
+            for side, sample in seen.items():
+                rates = tuple(batch / t for t in sample.samples)
+                points.setdefault(side, []).append(Point(batch, rates, tpot_s=sample.median, run=f"b{batch}"))
             for side in sorted((n for n in sides if n != "baseline"), key=lambda n: n == name):
                 last = batch == batches[-1] and side == name
                 made = row(f"tg.d{depth}.b{batch}", "decode", batch, depth, seen, name=side)
+                if batch == batches[-1]:
+                    made["tokens"]["vs_fp16"] |= _over_batches(points, sides, side, depth, where)
                 yield made if last else made | {"part": f"{side} b{batch}"}
+
+
+def _over_batches(
+    points: Mapping[str, Sequence[Point]], sides: Mapping[str, Model], side: str, depth: int, where: torch.device
+) -> dict[str, Any]:
+    """same_bound and max_fit of a side over the batches of the cell, for sequences of `depth` tokens of all layers."""
+    layers, memory = load_config(sides[side].source).layers, budget(Plan(), where)
+    asked = [model_rows.needs(memory, sides[name], layers) for name in ("baseline", side)]
+    fit = ratios.max_fit(points["baseline"], points[side], *(model_ratios.fits(of, depth) for of in asked))
+    return {"same_bound": ratios.nothing("a slot has no bound"), "max_fit": fit | {"memory": asked[1]}}
 
 
 def fitting_layers(config: Config, where: torch.device, kv_tokens: int) -> int:

@@ -29,6 +29,7 @@ import torch
 from ..formats.spec import FormatError, QuantSpec
 from . import card, cells, clock, contexts, energy, model_ratios, model_rows, quality, record, roof
 from .cells import Cell
+from .engine import Model
 from .engine import kv as caches
 from .engine.cache import Cache
 from .fair import NotComparable, Plan, budget, cache_noise, choose_layers, memory_fits
@@ -310,11 +311,11 @@ class _Bench:
             if len(sides) == 1:
                 raise
             if len(sides) == 2:
-                outcome, side = outcome_of(error), sides[1].wanted
+                outcome, lost = outcome_of(error), sides[1].wanted
                 base = self._timed(group, sides[:1], begin)
                 at = (group.depth, group.batch, outcome)
-                phases = self.phases(side, group)
-                return base | {(side.name, p): model_rows.failed(self.setting, side, p, *at) for p in phases}
+                phases = self.phases(lost, group)
+                return base | {(lost.name, p): model_rows.failed(self.setting, lost, p, *at) for p in phases}
         found: dict[tuple[str, str], Record] = {}
         for side in sides[1:]:
             found |= self._timed(group, [sides[0], side], begin)
@@ -409,7 +410,7 @@ def _noted(machine: Machine, seen: contexts.Timed) -> Machine:
 
 
 def _time_prefill(
-    models: Mapping[str, Any], plan: Plan, device: torch.device
+    models: Mapping[str, Model], plan: Plan, device: torch.device
 ) -> tuple[dict[str, clock.Sample], dict[str, int | None]]:
     """Seconds of a prompt of each side, and its extra bytes."""
     ids: dict[str, torch.Tensor] = {}
@@ -418,7 +419,11 @@ def _time_prefill(
     peaks = contexts.Peaks(device)
     for name, model in models.items():
         held[name] = model.new_cache(plan.batch, plan.prompt)
-        calls[name] = lambda model=model, name=name: model.prefill(ids[name], held[name])
+
+        def prefill(model: Model = model, name: str = name) -> None:
+            model.prefill(ids[name], held[name])
+
+        calls[name] = prefill
 
     def before(name: str, turn: int) -> None:
         ids[name] = contexts.tokens_of(models[name].config.vocab, (plan.batch, plan.prompt), turn, device)

@@ -32,7 +32,8 @@ def fits(asked: Mapping[str, Any], tokens: int) -> int:
 def completed(records: Sequence[Record], bound: Bound | None = None, budget: Budget | None = None) -> list[Record]:
     """The records with same_bound and max_fit in every timed row of a decode or a whole, from all batches among them.
 
-    `bound` and `budget` None = as the rows say (the last one that says). Other rows come as they are.
+    `bound` and `budget` None = as the rows say (the last one that says). Other rows, and rows without their baseline, come as
+    they are.
     """
     timed = [r for r in records if r.level == "model" and r.status == "ok" and _over_ladder(r)]
     families: dict[tuple[Any, ...], list[Record]] = {}
@@ -40,11 +41,15 @@ def completed(records: Sequence[Record], bound: Bound | None = None, budget: Bud
         families.setdefault(_family(found), []).append(found)
     filled: dict[int, Record] = {}
     for family in families.values():
-        limit = bound or next((_bound_of(r) for r in reversed(family) if r.shape.get("bound")), None)
+        limit = bound or next(
+            (Bound.of_section(r.shape["bound"]) for r in reversed(family) if r.shape.get("bound")), None
+        )
         sides: dict[tuple[Any, ...], list[Record]] = {}
         for found in family:
             sides.setdefault(_side(found), []).append(found)
         base = sides.get(("baseline",), [])
+        if not base:  # what the rows say was taken against rows that are not here
+            continue
         for rows in sides.values():
             said = _ladder_ratios(base, rows, limit, budget)
             for found in rows:
@@ -68,9 +73,7 @@ def _ladder_ratios(
         held = ratios.nothing(words, bound=bound.section())
     else:
         held = ratios.same_bound(theirs, ours, bound)
-    if not base:
-        fit = ratios.nothing("FP16 was not measured")
-    elif asked[0] is None or asked[1] is None:
+    if asked[0] is None or asked[1] is None:
         fit = ratios.nothing("the memory is not known; --memory-gb")
     else:
         fit = ratios.max_fit(theirs, ours, fits(asked[0], length), fits(asked[1], length))
@@ -92,7 +95,7 @@ def points(rows: Iterable[Record], quantile: float = ratios.QUANTILE) -> list[Po
 
 def _over_ladder(r: Record) -> bool:
     return (".tg" in r.case or ".mix" in r.case) and bool(
-        r.tokens and r.latency_us and "max_fit" in (r.tokens.get("vs_fp16") or {})  # rows of other programs have none
+        r.tokens and r.latency_us and r.shape.get("osl") and "max_fit" in (r.tokens.get("vs_fp16") or {})
     )
 
 
@@ -119,9 +122,3 @@ def _asked_of(rows: Sequence[Record], budget: Budget | None) -> dict[str, Any] |
     if found is None or budget is None:
         return found
     return found | {"bytes": budget.memory, "util": budget.util, "overhead": budget.overhead, "of": budget.of}
-
-
-def _bound_of(r: Record) -> Bound:
-    said = r.shape["bound"]
-    seconds = {name: None if said.get(f"{name}_ms") is None else said[f"{name}_ms"] / 1e3 for name in ("ttft", "tpot")}
-    return Bound(seconds["ttft"], seconds["tpot"], said.get("quantile") or ratios.QUANTILE)

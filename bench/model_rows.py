@@ -245,7 +245,12 @@ def _tokens(found: Measured, plan: Plan, prompt: int) -> dict[str, Any]:
     if found.phase == "prefill":
         return {"tok_s_in": batch * prompt / seconds, "tok_s_per_card": batch * prompt / seconds} | known
     made = batch * (plan.new if found.phase == "mixed" else 1) / seconds
-    tokens = {"tok_s": made, "tok_s_per_card": made, "tok_s_per_user": made / batch, "concurrency": batch} | known
+    tokens: dict[str, Any] = {
+        "tok_s": made,
+        "tok_s_per_card": made,
+        "tok_s_per_user": made / batch,
+        "concurrency": batch,
+    } | known
     if found.phase == "mixed":
         tokens |= {"tok_s_in": batch * prompt / seconds, "req_s": batch / seconds, "e2e_s": _spread(found.sample)}
     return tokens
@@ -262,8 +267,13 @@ def _later(setting: Setting, model: Model) -> dict[str, Any]:
 
 
 def _asked(setting: Setting, model: Model) -> dict[str, Any]:
-    """The budget, and bytes of weights and of a cached token of all layers of the model."""
-    budget, run, layers = setting.budget, setting.config.layers, load_config(setting.source).layers
+    """What max_fit of this run needs to know of a side."""
+    return needs(setting.budget, model, load_config(setting.source).layers)
+
+
+def needs(budget: Budget, model: Model, layers: int) -> dict[str, Any]:
+    """The budget, and bytes of weights and of a cached token of all `layers` of a model of which some run."""
+    run = model.config.layers
     table = {t.data_ptr(): t.nbytes for t in _tables(model)}
     blocks = model.nbytes - sum(table.values())
     return {
@@ -321,6 +331,7 @@ def roofline(config: Config, model: Model, found: Measured, prompt: int, new: in
     """
     batch, table = found.batch, config.vocab * config.hidden
     per_key = 4 * config.heads * config.head_dim * config.layers  # QK and PV, a multiply and an add each
+    moved: float
     if found.phase == "prefill":
         moved = model.step_bytes(batch * prompt) + batch * prompt * model.kv_bytes_per_token
         work = 2 * batch * (prompt * active_parameters(config) + table) + batch * per_key * prompt * (prompt + 1) / 2

@@ -114,7 +114,8 @@ def weights_hash(source: str | Path) -> str | None:
 def wanted(specs: Sequence[QuantSpec], plan: Plan, config: Config, source: str | Path) -> list[Wanted]:
     """Baseline, then each variant over each cache, with the head asked for and, beside an int8 head, with the 16-bit one."""
     found = [Wanted(BASELINE, None, "16bit")]
-    for spec in [*specs] or [None]:
+    both: list[QuantSpec | None] = [*specs]
+    for spec in both or [None]:
         head = plan.head if spec else "16bit"
         for i, name in enumerate(plan.kv):
             kv = name if caches.of(name, config, str(source)).quantised else None
@@ -154,7 +155,7 @@ def settled(
     def model(dtype: torch.dtype) -> Model:
         return load(reference, dtype=dtype, **whole)
 
-    found = {}
+    found: dict[int, Probe] = {}
     for batch in plan.ladder:
         seen = first
         if found and device.type == "cpu":
@@ -198,9 +199,9 @@ def load_sides(
     base = Side(asked[0], models(reference, None, first, None), probes=dict(by_batch))
     base.load_s = time.perf_counter() - begin
     for batch, seen in by_batch.items():
-        held = {model.dtype: model for model in (*base.models.values(), *base.at.values())}
+        known = {model.dtype: model for model in (*base.models.values(), *base.at.values())}
         dtype = seen.fastest("decode")
-        again = held.get(dtype) or base.models["decode"].with_dtype(dtype)
+        again = known.get(dtype) or base.models["decode"].with_dtype(dtype)
         base.at["decode", batch] = replace(again, mv=dtype in seen.mv)
     sides, heads = [base], Heads()
     for spec in dict.fromkeys(side.spec for side in asked[1:]):

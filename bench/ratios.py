@@ -73,6 +73,12 @@ class Bound:
         ms = {f"{n}_ms": None if v is None else v * 1e3 for n, v in (("ttft", self.ttft_s), ("tpot", self.tpot_s))}
         return ms | {"quantile": self.quantile}
 
+    @classmethod
+    def of_section(cls, said: Mapping[str, Any]) -> Bound:
+        """The Bound that `section` wrote."""
+        ttft, tpot = (None if said.get(f"{n}_ms") is None else said[f"{n}_ms"] / 1e3 for n in ("ttft", "tpot"))
+        return cls(ttft, tpot, said.get("quantile") or QUANTILE)
+
     def __str__(self) -> str:
         named = (("TTFT", self.ttft_s), ("TPOT", self.tpot_s))
         words = ", ".join(f"{name} <= {_time(limit)}" for name, limit in named if limit is not None)

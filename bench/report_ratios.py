@@ -58,7 +58,8 @@ def three(records: Sequence[Record]) -> Lines:
     order = dict.fromkeys((*_name(r), _of(r)) for r in done)
     heads: dict[tuple[str, str], str] = {}
     for spec, cache, head, _ in order:
-        heads.setdefault((spec, cache), head)  # the 16-bit twin of an int8 head comes after it
+        if heads.setdefault((spec, cache), head) != "int8-row":  # beside an int8 head the 16-bit one is left out
+            heads[spec, cache] = head
     shown = [last[n] for n in order if n[:2] != ("FP16", "16bit") and heads[n[0], n[1]] == n[2]]
     if not shown:
         return lines
@@ -107,10 +108,10 @@ def _title(shown: Sequence[Record]) -> str:
     layers = "" if first.model["layers_run"] == first.model["layers"] else f", {first.model['layers_run']} layers"
     weights = ", synthetic" if first.model.get("weights") == "synthetic" else ""
     parts = [f"{first.model['id']}{weights}{layers}: tokens per card against FP16, {first.shape['isl']} in"]
-    parts[0] += f" and {first.shape['osl']} out"
+    if first.shape.get("osl"):
+        parts[0] += f" and {first.shape['osl']} out"
     if bound := (versus.get("same_bound") or {}).get("bound"):
-        seconds = (None if bound.get(f"{n}_ms") is None else bound[f"{n}_ms"] / 1e3 for n in ("ttft", "tpot"))
-        parts.append(f"bound {Bound(*seconds, bound['quantile'])}")
+        parts.append(f"bound {Bound.of_section(bound)}")
     if memory := (versus.get("max_fit") or {}).get("memory"):
         parts.append(
             f"max fit in {memory['util']:.0%} of {memory['bytes'] / 1e9:.1f} GB ({memory['of']}) less {memory['overhead'] / 1e9:g} GB"

@@ -189,7 +189,7 @@ def bench_model(
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     command: str = "percard bench model",
-    **how: bool,
+    **how: Any,
 ) -> list[Record]:
     """Speed of a checkpoint or `shape:<name>` in 16 bits and in `specs`; `plan` as in bench.model.Plan, contexts as "1k,8k" and
     a bound as "tpot=50ms" too. `how`: retry, force and dry_run of bench.model.run."""

@@ -100,6 +100,11 @@ BENCH_MODEL = """Tokens per second of whole models against FP16: prefill and dec
   percard bench model shape:qwen3-8b --specs w4a16-g128 --layers 4
   percard bench model ./Qwen3-8B --specs w8a8,w4a8-g128 --json    one record a line
   percard bench model shape:qwen3-0.6b --specs w4a8-g64 --kv bf16,int8,k8v4,int4 --context 1k,8k     decode over caches
+  percard bench model shape:qwen3-8b --specs w8a8 --batches 1,4,16,64 --bound tpot=50ms,ttft=2s --usd-hour 2 --out r.jsonl
+  percard bench model --quick                                     under two minutes; --dry-run says what would be timed
+
+Three ratios against FP16: at the same batch, each side at its largest batch inside --bound, each side at the largest batch that fits
+--memory-gb beside its weights; with both batches, and the reason where there is none. --out goes on where an earlier call ended.
 
 FP16 is the fastest float type of torch on this machine, found by a probe and named in every row. Its cache is bf16, or of that
 type. --kv gives every other side these caches, or the 16-bit weights when there are no --specs; --context steps from these depths,

@@ -247,6 +247,11 @@ def test_decode_cell(tmp_path: Path, checkpoint: Any) -> None:
     own = rows[-1]
     assert own["scheme"]["head"] == "int8-row" and own["tokens"]["vs_fp16"]["same_batch"]["batch"] == 2
     assert own["memory"]["weights"] != rows[-2]["memory"]["weights"], "both heads are counted in bytes"
+    first = next(r for r in rows if ".tg" in r["case"])
+    assert "max_fit" not in first["tokens"]["vs_fp16"]
+    versus = rows[-1]["tokens"]["vs_fp16"]
+    assert versus["max_fit"]["batch"] == 2 and versus["max_fit"]["fits"] > versus["max_fit"]["fits_fp16"] > 0
+    assert versus["same_bound"] == {"ratio": None, "reason": "a slot has no bound"}
     *_, over, own = decode.cell(source, "w8a8", [1], 8, "cpu", rounds=2, prompt=16, kv=["int8"])
     assert over["part"] == "w8a8, int8 cache b1" and over["scheme"]["kv_spec"] == "int8"
     assert (own["scheme"]["kv_spec"], over["memory"]["kv_bytes_per_token"]) == ("bf16", 3 * 2 * (2 * 32 + 4))
