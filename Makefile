@@ -6,11 +6,12 @@
 #   make test-gpu    conformance of every Triton body on the card that is there
 #   make inspect-page  writes docs/inspect.md: what the compiler makes of the kernels, no card needed
 #   make lint        ruff, clang-format, mypy on the installed wheel
-#   make bench       the tests that take times
+#   make bench       tests/benchmarks: ops, a decode step and codecs, checked and then timed           (2 min, 2 cores)
 #   make clean       removes .venv and everything built
 #
 # Variables: PYTHON=python3.12, TORCH=torch==2.13.0 (a development pin: the package itself accepts any torch),
-# TRITON=triton==3.9.0, JOBS=2 (parallel test processes), DEMO_FLAGS=--quick.
+# TRITON=triton==3.9.0, JOBS=2 (parallel test processes), DEMO_FLAGS=--quick,
+# BENCH_FLAGS='--benchmark-save=before', then BENCH_FLAGS='--benchmark-compare --benchmark-compare-fail=median:20%'.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,6 +26,7 @@ BIN := $(VENV)/bin
 OLD_TRITON := $(VENV)/triton-3.6.0
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 8 ? n : 8 )))
 DEMO_FLAGS ?=
+BENCH_FLAGS ?= --benchmark-columns=median,iqr,min,rounds --benchmark-sort=fullname
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Directories count too: their time changes when a file comes or goes.
@@ -85,7 +87,7 @@ test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -m bench
+	$(BIN)/python -m pytest -m bench --benchmark-only $(BENCH_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
