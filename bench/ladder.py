@@ -86,7 +86,8 @@ def pairs(plan: Plan) -> list[Pair]:
     found = {Pair(SIXTEEN, SIXTEEN): None}
     for spec in plan.specs:
         name = spec if spec == SIXTEEN else str(QuantSpec.parse(spec))
-        found |= {Pair(name, str(caches.parse(kv))): None for kv in plan.kv}
+        kinds = [kv if kv == caches.CALIBRATED else str(caches.parse(kv)) for kv in plan.kv]
+        found |= {Pair(name, kv): None for kv in kinds}
     return list(found)
 
 

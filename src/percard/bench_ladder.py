@@ -112,7 +112,8 @@ def tables(rows: Sequence[Record], plan: Plan | None = None) -> list[RenderableT
     )
     failing = [(v.row, v.why) for v in found if v.why]
     named = [f"{row.model['id']} {row.scheme['spec']} {row.scheme['kv_spec']} cache: {why}" for row, why in failing]
-    parts += [f"- {words}" for words in [*ladder_verdicts.drifts(rows), *named]]
+    notes = [*ladder_verdicts.short_texts(rows), *ladder_verdicts.drifts(rows)]
+    parts += [f"- {words}" for words in [*notes, *named]]
     return parts
 
 

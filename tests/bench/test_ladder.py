@@ -15,7 +15,7 @@ import torch
 from percard.bench import ladder, quality, record, task
 from percard.bench.engine import Model
 from percard.bench.ladder import Pair, Plan, Rung
-from percard.bench.ladder_verdicts import drifts, verdicts
+from percard.bench.ladder_verdicts import drifts, short_texts, verdicts
 from percard.bench.record import Record
 from percard.bench.task import Item, Task
 from percard.formats.spec import FormatError, QuantSpec
@@ -48,6 +48,7 @@ def test_sixteen_bits_come_first_and_once() -> None:
         Pair("bf16", "int8"),
     ]
     assert ladder.pairs(Plan(specs=("w8a8",)))[0].plain
+    assert ladder.pairs(Plan(specs=("w8a8",), kv=("calibrated",)))[1] == Pair("w8a8", "calibrated")
     with pytest.raises(FormatError):
         ladder.pairs(Plan(specs=("w9a1",)))
     with pytest.raises(FormatError):
@@ -124,6 +125,15 @@ def test_a_machine_that_drifted_is_told() -> None:
     assert not drifts(steady)
     (words,) = drifts([*steady, timed("n", 100, 1.0), timed("n", 240, 2.0)])
     assert words.startswith("n: 16 bits ran at 100 to 120 tok/s")
+
+
+def test_few_tokens_are_told() -> None:
+    def scored(tokens: int) -> Record:
+        made = row("w8a8", 0.8, None, 1)
+        return replace(made, quality={**made.quality, "tokens": tokens})
+
+    assert not short_texts([scored(2000), row("bf16", 0.8, None, 1)]) and not short_texts([])
+    assert "are of 300 tokens only" in short_texts([scored(5000), scored(300)])[0]
 
 
 def test_costs_of_tokens() -> None:
