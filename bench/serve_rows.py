@@ -65,9 +65,9 @@ def points(side: Side, keys: Mapping[int, str], run: str) -> list[Point]:
     found = []
     for c, rounds in side.rounds.items():
         ttft, tpot = latencies(rounds)
-        p99 = [clock.quantile(values, ratios.QUANTILE) if values else None for values in (ttft, tpot)]
+        first, each = (clock.quantile(v, ratios.QUANTILE) if v else None for v in (ttft, tpot))
         rates = tuple(r.tokens_out / r.wall_s for r in rounds)
-        found.append(Point(c, rates, *p99, key=keys.get(c, ""), run=run))
+        found.append(Point(c, rates, first, each, key=keys.get(c, ""), run=run))
     return found
 
 
@@ -88,11 +88,11 @@ def records(session: Session, spec: QuantSpec | None, sides: Mapping[str, Side],
         rounds = side.rounds.get(c)
         measured: dict[str, Any] = {"latency_us": None, "tokens": None, "energy": None, "money": None}
         if rounds:
-            mine = points(side, {c: key}, name)
+            mine, fits = points(side, {c: key}, name), (_fits(session, base), _fits(session, side))
             measured = {
                 "latency_us": _latency(rounds),
                 "tokens": _tokens(session, rounds, c)
-                | {"vs_fp16": ratios.three(theirs, mine, c, bound=session.plan.bound, fits=_fits(session, base, side))},
+                | {"vs_fp16": ratios.three(theirs, mine, c, bound=session.plan.bound, fits=fits)},
                 "energy": side.meters.get(c) or energy.missing(session.where, "not measured"),
                 "money": _money(session, rounds),
             }
@@ -180,15 +180,11 @@ def _tokens(session: Session, rounds: Sequence[waves.Round], concurrency: int) -
     }
 
 
-def _fits(session: Session, *sides: Side) -> tuple[int, ...]:
-    """How many sequences of mean length fit the memory beside the weights of each side."""
-    tokens = sum(load.means(session.fitting))
-    return tuple(
-        ratios.max_fit_batch(
-            memory=session.memory, weights=s.model.nbytes, kv_per_token=s.model.kv_bytes_per_token, tokens=tokens
-        )
-        for s in sides
-    )
+def _fits(session: Session, side: Side) -> int:
+    """How many sequences of mean length fit the memory beside the weights of a side."""
+    model, tokens = side.model, sum(load.means(session.fitting))
+    each = model.kv_bytes_per_token
+    return ratios.max_fit_batch(memory=session.memory, weights=model.nbytes, kv_per_token=each, tokens=tokens)
 
 
 def _memory(session: Session, side: Side) -> dict[str, Any]:
@@ -202,7 +198,7 @@ def _memory(session: Session, side: Side) -> dict[str, Any]:
         "peak": torch.cuda.max_memory_allocated(session.where) if on_card else None,
         "free_for_kv": max(0, int(free)),
         "max_tokens": max(0, int(free / model.kv_bytes_per_token)),
-        "max_concurrency": _fits(session, side)[0],
+        "max_concurrency": _fits(session, side),
         "load_s": side.load_s,
     }
 

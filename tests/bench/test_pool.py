@@ -88,6 +88,32 @@ def test_a_sequence_does_not_outgrow_its_pages(checkpoint):
         model.step(torch.ones(2, dtype=torch.long), cache)
 
 
+@pytest.mark.parametrize("spec,kv", [(None, "bf16"), (None, "int8"), ("w8a8", "int8"), ("w4a16-g128", "k8v4")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_sequence_do_not_see_the_others(dtype, spec, kv):
+    """Not only the tokens: every bit of the logits, of a packed prompt and of steps, whoever is beside it and wherever it lies."""
+    spec = None if spec is None else QuantSpec.parse(spec)
+    model = load(TINY, spec=spec, dtype=dtype, device="cpu", kv=kv, batch_invariant=True, layers=2)
+    generator = torch.Generator().manual_seed(2)
+    lengths = [70, 3, 64, 1, 129, 17]
+    prompts = [torch.randint(1, 4096, (n,), generator=generator) for n in lengths]
+    pool = Pool.of(model, 20 * PAGE)
+
+    def logits(which: list[int]) -> torch.Tensor:
+        leases = [pool.borrow(lengths[i], 4) for i in which]
+        cache = pool.batch(leases)
+        out = [model.prefill_packed(torch.cat([prompts[i] for i in which]), cache, [lengths[i] for i in which])]
+        out += [model.step(torch.tensor([7 + step + i for i in which]), cache) for step in range(3)]
+        for lease in leases:
+            pool.give_back(lease)
+        return torch.stack(out, 1)
+
+    together = logits([0, 1, 2, 3, 4, 5])
+    for i in range(6):
+        assert torch.equal(logits([i])[0], together[i]), f"sequence {i} alone"
+    assert torch.equal(logits([4, 1])[1], together[1])
+
+
 # ---- waves --------------------------------------------------------------------------------------------------------
 
 
@@ -132,8 +158,7 @@ def test_200_requests_in_waves_are_what_each_is_alone(spec, kv):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("spec", [None, "w8a8", "w4a16-g128", "w4a8-g128"])
-@pytest.mark.parametrize("kv", ["bf16", "int8", "k8v4", "int4"])
+@pytest.mark.parametrize("spec,kv", [(None, "bf16"), ("w8a8", "int8"), ("w4a16-g128", "k8v4"), ("w4a8-g128", "int4")])
 def test_200_requests_through_the_whole_model(spec, kv):
     spec = None if spec is None else QuantSpec.parse(spec)
     model = load(TINY, spec=spec, dtype=torch.float32, device="cpu", kv=kv, batch_invariant=True)
