@@ -132,7 +132,7 @@ def _ratio(found: Mapping[str, Any] | None, numbers: dict[str, int], stars: set[
         return f"- [{numbers.setdefault(why, len(numbers) + 1)}]"
     lo, hi = found["ci95"]
     if found.get("reason"):
-        stars.add(str(found["reason"]).partition(":")[0])
+        stars.add("batch capped: the largest measured is still inside the bound, or less than what fits")
     star = "*" if found.get("reason") else ""
     return f"{found['ratio']:.2f} [{lo:.2f}, {hi:.2f}] {found['batch']}/{found['batch_fp16']}{star}"
 

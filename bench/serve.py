@@ -14,6 +14,7 @@ against itself.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -143,28 +144,30 @@ class Session:
     def base(self) -> Model:
         """The 16-bit side over a 16-bit cache."""
         memory_fits(self.config, [s for s in self.specs if s is not None][:1], self.where)
-        best: tuple[float, Model] | None = None
+        best: tuple[float, Model] | None = None  # the score, and whose it is
         for dtype in self.speed.dtypes:
             self.say(f"loading {self.source} in {FLOATS[dtype]}, {self.config.layers} layers")
             model = replace(self._load(None, dtype), mv=dtype in self.speed.mv)
             if len(self.speed.dtypes) == 1:
                 return model
-            seconds = self._tried(model)
-            if best is None or seconds < best[0]:
-                best = seconds, model
+            score = self._tried(model)
+            if best is None or score < best[0]:
+                best = score, model
         assert best is not None
         return best[1]
 
     def _tried(self, model: Model) -> float:
-        """Seconds of a wave of each concurrency with answers cut short: layers that come near each other do not make models
-        that do."""
+        """How long all requests would take, as a sum of logarithms over concurrencies, from a wave of each with answers cut
+        short: layers that come near each other do not make models that do."""
         pool, stepper = Pool.of(model, self.tokens, self.limit), waves.Stepper(model)
-        seconds = 0.0
+        score = 0.0
         for c in self.plan.concurrency:
-            cut = self._cut(c, TRIED_TOKENS)
-            made = [waves.run(stepper, pool, cut, self.prompts[: len(cut)], c) for _ in range(2)]
-            seconds += min(r.wall_s for r in made) / c
-        return seconds
+            made = [waves.run(stepper, pool, *self._cut(c, TRIED_TOKENS), c) for _ in range(2)]
+            best = min(made, key=lambda r: r.wall_s)
+            step = (best.wall_s - best.prefill_s) / max(1, max(s.made for s in best.served) - 1)
+            ends = [max(r.answer for r in self.fitting[i : i + c]) - 1 for i in range(0, len(self.fitting), c)]
+            score += math.log(best.prefill_s / best.tokens_in * sum(r.prompt for r in self.fitting) + step * sum(ends))
+        return score
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:
@@ -245,16 +248,18 @@ class Session:
         sides = 1 + len(self.rows_of(spec)) // len(self.plan.concurrency)
         total = self.speed.load_s * (1 if spec is None else 2)
         for c in self.plan.concurrency:
-            warm = self._cut(c)
+            warm = [replace(r, answer=min(r.answer, WARM_TOKENS)) for r in self.fitting[:c]]
             total += sides * (self.plan.rounds * self.speed.serve_s(self.fitting, c) + self.speed.serve_s(warm, c))
         if self.text is not None:
             passes = 3 * sides * self.plan.gate_tokens
             total += passes * self.speed.token_s
         return total
 
-    def _cut(self, concurrency: int, answer: int = WARM_TOKENS) -> list[Request]:
-        """The first wave with short answers: what warms a side up."""
-        return [replace(r, answer=min(r.answer, answer)) for r in self.requests[:concurrency]]
+    def _cut(self, concurrency: int, answer: int = WARM_TOKENS) -> tuple[list[Request], list[torch.Tensor]]:
+        """The first wave with short answers, and its prompts: what warms a side up."""
+        pairs = [(r, ids) for r, ids in zip(self.requests, self.prompts, strict=True) if r in self.fitting]
+        pairs = pairs[:concurrency]
+        return [replace(r, answer=min(r.answer, answer)) for r, _ in pairs], [ids for _, ids in pairs]
 
     def measured(self, spec: QuantSpec | None) -> Iterator[Record]:
         """The records of a cell."""
@@ -344,8 +349,7 @@ class Session:
         for turn in range(-1, self.plan.rounds):
             for side in sides.values():
                 if turn < 0:
-                    cut = self._cut(concurrency)
-                    waves.run(side.stepper, side.pool, cut, self.prompts[: len(cut)], concurrency)
+                    waves.run(side.stepper, side.pool, *self._cut(concurrency), concurrency)
                     continue
                 with energy.measured(self.where, found=counter) as meter:
                     made = waves.run(side.stepper, side.pool, self.requests, self.prompts, concurrency)
