@@ -40,7 +40,8 @@ from .record import Record
 from .serve_speed import Speed, measure
 
 BASELINE, AGAIN = "baseline", "baseline again"
-WARM_TOKENS, TRIED_TOKENS = 2, 8  # of an answer while warming up, and where float types are compared
+WARM_TOKENS = 2  # of an answer while warming up
+TRY_S = 2.0  # of requests that float types are compared by
 
 
 @dataclass(frozen=True)
@@ -147,26 +148,29 @@ class Session:
         best: tuple[float, Model] | None = None  # the score, and whose it is
         for dtype in self.speed.dtypes:
             self.say(f"loading {self.source} in {FLOATS[dtype]}, {self.config.layers} layers")
-            model = replace(self._load(None, dtype), mv=dtype in self.speed.mv)
-            if len(self.speed.dtypes) == 1:
+            model = self._load(None, dtype)
+            ways = [replace(model, mv=mv) for mv in ((False, True) if dtype in self.speed.mv else (False,))]
+            if len(self.speed.dtypes) == len(ways) == 1:
                 return model
-            score = self._tried(model)
-            if best is None or score < best[0]:
-                best = score, model
+            for way in ways:
+                score = self._tried(way)
+                if best is None or score < best[0]:
+                    best = score, way
         assert best is not None
         return best[1]
 
     def _tried(self, model: Model) -> float:
-        """How long all requests would take, as a sum of logarithms over concurrencies, from a wave of each with answers cut
-        short: layers that come near each other do not make models that do."""
-        pool, stepper = Pool.of(model, self.tokens, self.limit), waves.Stepper(model)
-        score = 0.0
+        """Seconds of the first requests, as many as take TRY_S or make a wave, as a sum of logarithms over concurrencies.
+
+        Layers that come near each other do not make models that do, so what came near is tried whole.
+        """
+        pool, stepper, score = Pool.of(model, self.tokens, self.limit), waves.Stepper(model), 0.0
         for c in self.plan.concurrency:
-            made = [waves.run(stepper, pool, *self._cut(c, TRIED_TOKENS), c) for _ in range(2)]
-            best = min(made, key=lambda r: r.wall_s)
-            step = (best.wall_s - best.prefill_s) / max(1, max(s.made for s in best.served) - 1)
-            ends = [max(r.answer for r in self.fitting[i : i + c]) - 1 for i in range(0, len(self.fitting), c)]
-            score += math.log(best.prefill_s / best.tokens_in * sum(r.prompt for r in self.fitting) + step * sum(ends))
+            count = c
+            while count < len(self.fitting) and self.speed.serve_s(self.fitting[: count + c], c) <= TRY_S:
+                count += c
+            cut = self._cut(count, self.limit)
+            score += math.log(min(waves.run(stepper, pool, *cut, c).wall_s for _ in range(2)))
         return score
 
     @functools.cached_property
@@ -255,10 +259,10 @@ class Session:
             total += passes * self.speed.token_s
         return total
 
-    def _cut(self, concurrency: int, answer: int = WARM_TOKENS) -> tuple[list[Request], list[torch.Tensor]]:
-        """The first wave with short answers, and its prompts: what warms a side up."""
+    def _cut(self, count: int, answer: int = WARM_TOKENS) -> tuple[list[Request], list[torch.Tensor]]:
+        """The first requests, their answers cut short, and their prompts: what warms a side up."""
         pairs = [(r, ids) for r, ids in zip(self.requests, self.prompts, strict=True) if r in self.fitting]
-        pairs = pairs[:concurrency]
+        pairs = pairs[:count]
         return [replace(r, answer=min(r.answer, answer)) for r, _ in pairs], [ids for _, ids in pairs]
 
     def measured(self, spec: QuantSpec | None) -> Iterator[Record]:
