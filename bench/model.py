@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from ..formats.spec import FormatError, QuantSpec
-from . import card, cells, clock, contexts, energy, model_ratios, model_rows, quality, record, roof
+from ..kernels.op import native_isa
+from . import card, cells, clock, contexts, energy, model_ratios, model_rows, ops, quality, record, roof
 from .cells import Cell
 from .engine import Model
 from .engine import kv as caches
@@ -109,16 +110,10 @@ def run(
     if plan.budget_s is not None and plan.layers is None:
         probes = probes_of(config, parsed, plan, where, impl, say)
     config, plan = choose_layers(config, probes or {}, plan)
-    found = card.fingerprint(where)
-    setting = Setting(
-        config,
-        plan,
-        str(source),
-        memory,
-        found["card"].get("uuid") or found["cpu"]["model"],
-        weights_hash(source),
-        _of(text),
-    )
+    this = roof.identity(where.type)
+    machine = {"same": this["same"], "uuid": this["uuid"], "isa": [card.torch_isa(), native_isa()]}
+    code, gate = ops.source_hash(*ops.OPS), _of(text)
+    setting = Setting(config, plan, str(source), memory, machine, code, weights_hash(source), gate, impl)
     asked = wanted(parsed, plan, config, source)
     known = {} if force else cells.settled(path, retry=retry)
     bench = _Bench(setting, asked, where, source, reference, parsed, text, gates or {}, impl, say, command)
@@ -273,7 +268,7 @@ class _Bench:
             found["card"] |= {"roof": {"copy_gbs": rate, "bf16": tops}}
         else:
             found["cpu"] = found["cpu"] | {"read_gbs": rate}
-        found["code"] = record.code_section(self.command)
+        found["code"] = record.code_section(self.command) | {"op_source_hash": self.setting.sources}
         how = {"l2": "warm", "rounds": self.plan.rounds, "calls_per_sample": 1, "warmup": 1, "noisy": noisy}
         spec = {"spec_gbs": published["bandwidth_gbs"], "spec_tops": published["bf16_tflops"]} if published else {}
         return Machine(found, how | {"power": "sustained"}, rate, tops, **spec)

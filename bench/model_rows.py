@@ -31,15 +31,18 @@ _LAUNCH = 1 / 3  # below this share of either roof, steps that were launched one
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a run have in common: `machine` and `weights` name the card (or CPU) and the weights in cell keys."""
+    """What all rows of a run have in common: `machine`, `sources` and `weights` stand in cell keys for the card (or CPU) with
+    its versions and instruction sets, for the code of the ops, and for the weights."""
 
     config: Config
     plan: Plan
     source: str
     budget: Budget
-    machine: str
+    machine: Mapping[str, Any]
+    sources: str
     weights: str | None
     gate: str | None = None  # hash of the text that gates
+    impl: str | None = None
 
     def case(self, phase: str, depth: int, batch: int) -> str:
         """The name of a row."""
@@ -69,7 +72,10 @@ class Setting:
             weights=self.weights or "synthetic",
             gate=self.gate,
             machine=self.machine,
-            torch=torch.__version__,
+            op_source_hash=self.sources,
+            impl=self.impl,
+            rounds=self.plan.rounds,
+            seed=self.plan.seed,
         )
 
     def about(self, side: Wanted, phase: str, depth: int, batch: int) -> dict[str, Any]:
