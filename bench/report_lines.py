@@ -405,7 +405,11 @@ def header(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     def floors() -> list[str]:
         found = [f for r in records if (f := r.card.get("noise_floor_pct", r.cpu.get("noise_floor_pct"))) is not None]
         ends = sorted({f"{f:.1f}" for f in (min(found), max(found))}, key=float) if found else []
-        return [f"noise floor {' to '.join(ends)} %: the baseline against itself"] if ends else []
+        return (
+            [f"noise floor {' to '.join(ends)} %: the baseline against itself; nothing below twice that is a result"]
+            if ends
+            else []
+        )
 
     def versions(r: Record) -> str:
         env, code = r.env, r.code

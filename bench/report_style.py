@@ -157,7 +157,7 @@ def number(value: float, *_: Any) -> str:
     for end, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= end:
             return f"{value / (1e3 if unit == 'k' else end):,.4g}{unit}"
-    return f"{value:,.0f}" if size >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 100 or value == int(value) else f"{value:.3g}".replace("e-0", "e-")
 
 
 def tokens(value: float, *_: Any) -> str:
