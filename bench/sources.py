@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..formats.spec import FormatError
@@ -17,6 +19,21 @@ REMEDY = "give a JSONL file of records, a folder that a bench wrote, or REV:PATH
 def load(where: str | Path) -> list[Record]:
     """All records of a source, in order. FormatError when it is not there, holds none, or a row is not a record."""
     return [record for records in by_file(where).values() for record in records]
+
+
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Around what makes tables of records of a file: FormatError for a row that lacks what every bench writes.
+
+    A Record checks the types of what is there; what a table needs beside depends on the table.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(
+            f"{where}: a row lacks what its table needs ({type(error).__name__}: {error}); it was edited, or is of another "
+            "version: remove it or measure it again; PERCARD_TRACEBACK=1 shows where"
+        ) from error
 
 
 def by_file(where: str | Path) -> dict[str, list[Record]]:

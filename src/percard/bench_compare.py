@@ -26,7 +26,8 @@ def bench_compare(
         raise typer.BadParameter(f"--group {group}: expected one of {', '.join(compare.GROUPS)}")
     allowed = compare.share(fail)
     base, *others = [sources.by_file(run) for run in runs]
-    found = [compare.compare(base, other, fail=allowed, group=group) for other in others]
+    with sources.reading(", ".join(runs)):
+        found = [compare.compare(base, other, fail=allowed, group=group) for other in others]
     refused = any(one.apart for one in found) and not across
     if as_json:
         for label, one in zip(runs[1:], found, strict=True):

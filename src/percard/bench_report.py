@@ -27,26 +27,28 @@ def bench_report(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
 ) -> None:
     from . import compose
+    from .bench import sources
 
     runs = [compose.read_records(path) for path in paths]
     records = [record for run in runs for record in run]
-    if readme is not None:
-        compose.write_block(readme, records)
-    if as_json:
-        for record in records:
-            print(record.to_json(), flush=True)
-    for path, run in zip(paths, runs, strict=True):
-        if len(paths) > 1 and not as_json:
-            console.show(f"\n{path}")
-        for part in [] if as_json else _parts(run):
-            console.show(part)
-    if out is not None:
-        from .bench import report_folder
+    with sources.reading(", ".join(map(str, paths))):
+        if readme is not None:
+            compose.write_block(readme, records)
+        if as_json:
+            for record in records:
+                print(record.to_json(), flush=True)
+        for path, run in zip(paths, runs, strict=True):
+            if len(paths) > 1 and not as_json:
+                console.show(f"\n{path}")
+            for part in [] if as_json else _parts(run):
+                console.show(part)
+        if out is not None:
+            from .bench import report_folder
 
-        told = console.showing_steps(as_json)
-        names = ", ".join(dict.fromkeys(path.stem if path.is_file() else path.name for path in paths))
-        for file in report_folder.write(out, records, heading=f"percard: {names}", say=told):
-            told(f"wrote {file}")
+            told = console.showing_steps(as_json)
+            names = ", ".join(dict.fromkeys(path.stem if path.is_file() else path.name for path in paths))
+            for file in report_folder.write(out, records, heading=f"percard: {names}", say=told):
+                told(f"wrote {file}")
 
 
 def _parts(run: Sequence[Record]) -> Iterator[RenderableType]:

@@ -31,13 +31,14 @@ def run(
     Exit code 3 when nothing could be predicted. FormatError for files that are not records, or a card that is not known.
     """
     from . import compose
-    from .bench import card_table, efficiency, plan_check
+    from .bench import card_table, efficiency, plan_check, sources
 
     known = card_table.cards(card_files)
     card_id = card_table.find(card, known).id if card and card != "all" else None
     rows = [record for path in records for record in compose.read_records(path)]
-    found = plan_check.check(rows, known, card_id=card_id, files=efficiency_files)
-    fitted = efficiency.fit(plan_check.points(rows, known, card_id)) if fit is not None else []
+    with sources.reading(", ".join(map(str, records))):
+        found = plan_check.check(rows, known, card_id=card_id, files=efficiency_files)
+        fitted = efficiency.fit(plan_check.points(rows, known, card_id)) if fit is not None else []
     if fit is not None and fitted:
         efficiency.save(fit, fitted)
     if table is not None:
