@@ -41,7 +41,7 @@ from .serve_speed import Speed, measure
 
 BASELINE, AGAIN = "baseline", "baseline again"
 WARM_TOKENS = 2  # of an answer while warming up
-TRY_S = 2.0  # of requests that float types are compared by
+TRY_S = 1.5  # of requests that float types are compared by
 
 
 @dataclass(frozen=True)
@@ -145,33 +145,32 @@ class Session:
     def base(self) -> Model:
         """The 16-bit side over a 16-bit cache."""
         memory_fits(self.config, [s for s in self.specs if s is not None][:1], self.where)
-        best: tuple[float, Model] | None = None  # the score, and whose it is
-        for dtype in self.speed.dtypes:
+        near, found = self.speed.dtypes, []
+        for dtype in near:
             self.say(f"loading {self.source} in {FLOATS[dtype]}, {self.config.layers} layers")
             model = self._load(None, dtype)
-            ways = [replace(model, mv=mv) for mv in ((False, True) if dtype in self.speed.mv else (False,))]
-            if len(self.speed.dtypes) == len(ways) == 1:
+            by_row = replace(model, mv=True)
+            single = min(self.plan.concurrency) == 1 and dtype in self.speed.mv
+            if len(near) == 1 and not single:
                 return model
-            for way in ways:
-                score = self._tried(way)
-                if best is None or score < best[0]:
-                    best = score, way
-        assert best is not None
-        return best[1]
+            tried = {c: self._tried(model, c) for c in self.plan.concurrency}
+            if single and (rows := self._tried(by_row, 1)) < tried[1]:
+                model, tried[1] = by_row, rows
+            found.append((sum(map(math.log, tried.values())), model))
+        return min(found, key=lambda pair: pair[0])[1]
 
-    def _tried(self, model: Model) -> float:
-        """Seconds of the first requests, as many as take TRY_S or make a wave, as a sum of logarithms over concurrencies.
+    def _tried(self, model: Model, concurrency: int) -> float:
+        """Seconds of the first requests, as many as take TRY_S or make a wave.
 
         Layers that come near each other do not make models that do, so what came near is tried whole.
         """
-        pool, stepper, score = Pool.of(model, self.tokens, self.limit), waves.Stepper(model), 0.0
-        for c in self.plan.concurrency:
-            count = c
-            while count < len(self.fitting) and self.speed.serve_s(self.fitting[: count + c], c) <= TRY_S:
-                count += c
-            cut = self._cut(count, self.limit)
-            score += math.log(min(waves.run(stepper, pool, *cut, c).wall_s for _ in range(2)))
-        return score
+        pool, stepper, count = Pool.of(model, self.tokens, self.limit), waves.Stepper(model), concurrency
+        while count < len(self.fitting):
+            if self.speed.serve_s(self.fitting[: count + concurrency], concurrency) > TRY_S:
+                break
+            count += concurrency
+        cut = self._cut(count, self.limit)
+        return min(waves.run(stepper, pool, *cut, concurrency).wall_s for _ in range(2))
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:
