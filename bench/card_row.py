@@ -170,7 +170,7 @@ def _row(
         "memory_type": known["memory_type"] if known else "unknown" if this else "host",
         "memory_gb": _digits(total / 1e9),
         "memory_mib": total // 2**20,
-        "bandwidth_gbs": _digits(max(memory.values())),
+        "bandwidth_gbs": _digits(max(*memory.values(), *decode.values())),
         "bf16_tflops": units["bf16_tflops"],
         "fp8_tflops": units["fp8_tflops"],
         "int8_tops": units["int8_tops"],
@@ -181,7 +181,7 @@ def _row(
         "confidence": "measured",
         "unverified": [],
         "alternatives": {},
-        "notes": "Measured roofs, the best body seen of each type; 4-bit weights meet int8 or bf16 units, so int4 is null.",
+        "notes": "Measured roofs, the best body seen of each type; bandwidth is the best of read, copy and decode; 4-bit weights meet int8 or bf16 units, so int4 is null.",
         "measured": {
             "date": date,
             "read_gbs": _digits(memory["read"]),

@@ -9,6 +9,7 @@ What it adds to `bench ops`: norms, activation quantisation, rotations, attentio
 model adds to it is told by layer_check.py: layers x layer + head and sampling against the step that `bench model` measured.
 
     qwen3-0.6b.layer.pp512.b1      a prompt of 512       qwen3-0.6b.layer.tg.d512.b1   a step with 512 in the cache
+    qwen3-0.6b.attention.pp512.b1  the attention of that prompt alone: norms and turns of heads, append, softmax, products
     qwen3-0.6b.head.b1             last norm, head and argmax of one row per sequence
 """
 
@@ -60,17 +61,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Work:
-    """One cell: `phase` prefill, decode or head; `tokens` of the prompt or in the cache (0 for a head)."""
+    """One cell: `phase` prefill, attention (of a prompt), decode or head; `tokens` of the prompt or in the cache (0: a head)."""
 
     phase: str
     tokens: int
     batch: int
 
     @property
+    def prompt(self) -> bool:
+        return self.phase in ("prefill", "attention")
+
+    @property
     def case(self) -> str:
         if self.phase == "head":
             return f"head.b{self.batch}"
-        return f"layer.{f'pp{self.tokens}' if self.phase == 'prefill' else f'tg.d{self.tokens}'}.b{self.batch}"
+        part = "attention" if self.phase == "attention" else "layer"
+        return f"{part}.{f'pp{self.tokens}' if self.prompt else f'tg.d{self.tokens}'}.b{self.batch}"
 
 
 @dataclass(frozen=True)
@@ -167,14 +173,17 @@ class _Bench:
     def works(self) -> list[Work]:
         plan = self.plan
         found = [Work("prefill", tokens, batch) for tokens in plan.prompts for batch in plan.batches]
+        found += [Work("attention", work.tokens, work.batch) for work in found]
         found += [Work("decode", depth, batch) for depth in plan.depths for batch in plan.batches]
         return found + ([Work("head", 0, batch) for batch in plan.batches] if plan.shard is None else [])
 
     def sides(self, work: Work) -> list[Side]:
         """Baseline first; every cache only where a step reads it. Without specs the caches stand over 16-bit weights.
 
-        A head is 16-bit or int8 by row (which is w8a8), whatever the blocks are.
+        A head is 16-bit or int8 by row (which is w8a8), whatever the blocks are; a prompt attends alike on every side.
         """
+        if work.phase == "attention":
+            return [Side(BASELINE, None, BF16)]
         if work.phase == "head":
             return [Side(BASELINE, None, BF16), *([Side(str(INT8_ROW), INT8_ROW, BF16)] if self.specs else [])]
         if work.phase == "prefill":
@@ -190,7 +199,7 @@ class _Bench:
         case = f"{self.whole.name}.{work.case}"
         sides = self.sides(work)
         # A guess: a CPU at 10 GB/s and half a teraflop, a card a hundred times as fast; probing and drawing on top.
-        rows, parameters = work.batch * (work.tokens if work.phase == "prefill" else 1), self._parameters(work)
+        rows, parameters = work.batch * (work.tokens if work.prompt else 1), self._parameters(work)
         one = max(2 * parameters / 1e10, 2 * rows * parameters / 5e11) / (1 if self.where.type == "cpu" else 100)
         count = 1 if work.phase == "head" else self.copies
         seconds = len(sides) * (one * count * (self.plan.rounds + 2) + parameters * 2e-8) + 2
@@ -240,11 +249,11 @@ class _Bench:
     def _dtype(self, side: Side, work: Work) -> torch.dtype:
         if work.phase == "head" and side.spec is not None:  # the head of the first spec's blocks
             side = replace(side, spec=self.specs[0])
-        return self._probe(side).fastest("prefill" if work.phase == "prefill" else "decode")
+        return self._probe(side).fastest("prefill" if work.prompt else "decode")
 
     def _matmul(self, side: Side, work: Work) -> Matmul:
         """Single 16-bit rows go the way that was faster for the baseline."""
-        rows = self._dtype(side, work) in self._probe(Side(BASELINE, None, BF16)).mv and work.phase != "prefill"
+        rows = self._dtype(side, work) in self._probe(Side(BASELINE, None, BF16)).mv and not work.prompt
         return functools.partial(one_row_linear if rows else linear, impl=self.impl if side.spec else None)
 
     def _blocks(self, side: Side, dtype: torch.dtype) -> list[Block]:
@@ -264,12 +273,12 @@ class _Bench:
             return self._head(side, work, dtype, matmul)
         blocks, config, impl = self._blocks(side, dtype), self.config, self.impl if side.spec else None
         random = torch.Generator(self.where).manual_seed(self.plan.seed)
-        width = work.tokens if work.phase == "prefill" else 1
+        width = work.tokens if work.prompt else 1
         x = torch.randn(work.batch, width, config.hidden, generator=random, device=self.where).to(dtype)
         length = work.tokens + (work.phase == "decode")
         cache = Cache.new(config, work.batch, length, dtype, self.where, self.copies, [side.kv] * self.copies)
         tape = Tape() if self.where.type == "cpu" and work.phase == "decode" else None
-        if work.phase == "prefill":
+        if work.prompt:
             slots = cache.prompt_slots(width, [width] * work.batch)
             over = attend.causal(config, self._turns[:width], dtype, cache, slots=slots, impl=impl)
         else:
@@ -283,6 +292,10 @@ class _Bench:
             for i, layer in enumerate(blocks):
                 rows, add = block(rows, add, layer, config, i, over, matmul, impl, tape=tape)
 
+        if work.phase == "attention":
+            size = config.q_size + 2 * config.kv_size
+            qkv = torch.randn(work.batch, width, size, generator=random, device=self.where).to(dtype)
+            return lambda: [over(qkv, layer, i) for i, layer in enumerate(blocks)]
         if tape is None:
             return once
         once()  # notes the calls, as a step of the engine does on a CPU
@@ -306,6 +319,8 @@ class _Bench:
             rows = F.rms_norm(x, (config.hidden,), norm, config.norm_eps)
             return matmul(rows, turn[next(place) % len(turn)]).float().argmax(dim=-1)
 
+        for _ in turn:  # what a copy was written with is still on its way from the cache to memory
+            once()
         return once
 
     def _key(self, work: Work, side: Side) -> str:
@@ -322,7 +337,7 @@ class _Bench:
         shape: dict[str, Any] = {"batch": work.batch}
         if work.phase == "head":
             return shape | {"M": work.batch, "N": self.whole.vocab, "K": self.whole.hidden}
-        return shape | ({"isl": work.tokens} if work.phase == "prefill" else {"kv_len": work.tokens})
+        return shape | ({"isl": work.tokens} if work.prompt else {"kv_len": work.tokens})
 
     def _model(self) -> dict[str, Any]:
         found = {"id": self.whole.name, "weights": "synthetic", "layers_run": 1, "layers": self.whole.layers}
@@ -373,7 +388,7 @@ class _Bench:
                 "bytes": moved,
                 "flops": flops,
                 "mbu": moved / self._roof / sample.median,
-                "bound": "mem" if work.phase != "prefill" else None,
+                "bound": None if work.prompt else "mem",
             },
             memory={"weights": weights},
             quality={"gate": "synthetic", "reasons": ["speed at true shapes, quality not measured"]},
@@ -381,7 +396,7 @@ class _Bench:
 
     def _bodies(self, side: Side, dtype: torch.dtype, work: Work) -> str:
         """The ops that serve, as the engine names them."""
-        mv = work.batch == 1 and work.phase != "prefill" and dtype in self._probe(Side(BASELINE, None, BF16)).mv
+        mv = work.batch == 1 and not work.prompt and dtype in self._probe(Side(BASELINE, None, BF16)).mv
         if side.spec is None:
             return "torch mv" if mv else "torch"
         if work.phase == "head":
@@ -394,7 +409,7 @@ class _Bench:
 
     def _cost(self, side: Side, work: Work, dtype: torch.dtype) -> tuple[int, int, int]:
         """(bytes moved at least, operations, bytes of weights) of a layer or a head, for this side."""
-        rows = work.batch * (work.tokens if work.phase == "prefill" else 1)
+        rows = work.batch * (work.tokens if work.prompt else 1)
         if work.phase == "head":
             size = self._parameters(work) * (dtype.itemsize if side.spec is None else 1)
             return size, 2 * rows * self._parameters(work), size
@@ -402,7 +417,9 @@ class _Bench:
         blank = torch.empty(0)
         size = Weights(blank, tuple(blocks), blank, blank).nbytes
         kv = side.kv.bytes_per_token(c.head_dim, c.kv_heads, dtype)
-        pairs = work.batch * (work.tokens * (work.tokens + 1) // 2 if work.phase == "prefill" else work.tokens + 1)
+        pairs = work.batch * (work.tokens * (work.tokens + 1) // 2 if work.prompt else work.tokens + 1)
+        if work.phase == "attention":
+            return rows * (kv + (2 * c.q_size + 2 * c.kv_size) * dtype.itemsize), 4 * pairs * c.q_size, 0
         return size + work.batch * work.tokens * kv, 2 * rows * c.block_parameters() + 4 * pairs * c.q_size, size
 
 

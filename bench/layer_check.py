@@ -44,9 +44,10 @@ class Sum:
 
 
 def sums(layers: Sequence[Record], models: Sequence[Record]) -> list[Sum]:
-    """A Sum for each timed record of level `model`, in their order; those of other models than in `layers` are left out."""
+    """A Sum for each timed prompt and step of level `model`, in their order; other models than in `layers` are left out."""
     ids = {row.model.get("id") for row in layers}
-    return [_sum(layers, row) for row in models if row.level == "model" and row.model.get("id") in ids and _timed(row)]
+    some = [row for row in models if row.level == "model" and row.model.get("id") in ids and _timed(row)]
+    return [_sum(layers, row) for row in some if ".model.mix" not in row.case]  # prompt and steps are there apart
 
 
 def lines(found: Sequence[Sum]) -> Iterator[str]:
@@ -92,6 +93,13 @@ def head_of(layers: Sequence[Record], row: Record) -> Record | str:
     kind = row.scheme.get("head") or "16bit"
     some = [r for r in some if r.scheme.get("head") == kind]
     return some[-1] if some else f"no record of a {kind} head at batch {row.shape.get('batch')}"
+
+
+def attention_of(layers: Sequence[Record], row: Record) -> float | None:
+    """Seconds of a layer's attention over the prompt of a layer record, None when it was not measured."""
+    some = [r for r in layers if ".attention." in r.case and r.model.get("id") == row.model.get("id") and _timed(r)]
+    some = [r for r in some if r.shape == row.shape and not r.model.get("shard")]
+    return _seconds(some[-1]) if some else None
 
 
 def _sum(layers: Sequence[Record], row: Record) -> Sum:

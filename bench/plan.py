@@ -187,7 +187,7 @@ def predict_prefill(
     """Seconds until `batch` prompts of `prompt` tokens have gone through all layers at once and the first token is there.
 
     Parameters as predict_decode; shares of "prefill.<spec>" at batch x prompt tokens. Attention is causal and multiplies at
-    the bf16 rate; the head is applied to the last token of each prompt only.
+    the bf16 rate, with a share of its own ("attention.prefill") where one was fitted; the head is applied to the last token of each prompt only.
     """
     _sane(batch=batch, depth=prompt)
     tokens = batch * prompt
@@ -248,7 +248,11 @@ def _step(
     found = find(card.id, efficiency.name(level, spec), tokens)
     bandwidth = card.bandwidth_gbs * 1e9
     mem = moved / (split.cards * bandwidth * found.e_bw)
-    flop = (flops / _rate(card, spec) + attention / _rate(card, None)) / (split.cards * found.e_fl)
+    e_att, words = found.e_fl, ""
+    if attention and (apart := find(card.id, "attention.prefill", tokens)).basis_fl in ("measured", "interpolated"):
+        # Where layers were measured: its small products and what stands between them reach less than linears do.
+        e_att, words = apart.e_fl, f"; attention of prompts {apart.e_fl:.3f}: {apart.source}"
+    flop = (flops / (_rate(card, spec) * found.e_fl) + attention / (_rate(card, None) * e_att)) / split.cards
     comm, link = _comm(shape, tokens, card, split.cards)
     bound = "mem" if mem >= flop else "flop"
     basis, band = found.term(bound)
@@ -258,7 +262,7 @@ def _step(
     sources = (
         ("bandwidth", f"{card.bandwidth_gbs:g} GB/s{_doubt(card, 'bandwidth_gbs')}"),
         ("rate", f"{_rate(card, spec) / 1e12:g} TOPS ({rate_field(spec)}){_doubt(card, rate_field(spec))}"),
-        ("shares", f"e_bw {found.e_bw:.2f}, e_fl {found.e_fl:.2f}: {found.source}"),
+        ("shares", f"e_bw {found.e_bw:.2f}, e_fl {found.e_fl:.2f}: {found.source}{words}"),
         ("link", link),
     )
     return Step(

@@ -1,6 +1,6 @@
 """`percard plan --check RECORDS`: what the planner would have said of each measurement, and what it should have assumed.
 
-    model    prefill and decode of `bench model`, as they are
+    model    prefill, decode and whole runs of `bench model`, as they are
     layer    `bench layer` added up: layers x layer + head and sampling, beside the whole model's prediction
     op       linears of `bench ops`; torch's fastest float beside them, which is bf16
 
@@ -48,6 +48,10 @@ class Measured:
     when: str
     moved: float = 0.0  # of a linear: bytes, operations
     flops: float = 0.0
+    attention: float = (
+        0.0  # of a layer's prompt: seconds of its attention alone, over all layers; 0 = not measured apart
+    )
+    new: int = 0  # of a whole run: tokens that follow the prompt, the first of them with it
 
     @property
     def rows(self) -> int:
@@ -119,16 +123,23 @@ def points(records: Sequence[Record], cards: Mapping[str, Card], card_id: str | 
     found = []
     for record, one in _measured(records):
         machine = _card(record, cards, card_id)
-        if isinstance(one, str) or isinstance(machine, str):
+        if isinstance(one, str) or isinstance(machine, str) or one.phase == "whole":
             continue
         try:
             mem, flop = _predict(one, machine, _roofs)[1:3]
         except FormatError:
             continue
-        name = efficiency.name(one.phase, one.spec)
+        name, seconds = efficiency.name(one.phase, one.spec), one.seconds
         source = f"{one.model} ({one.level}, {one.when})"
         # Seconds at the roofs in place of bytes and operations: some of these run at another type's rate.
-        found.append(Point(machine.id, name, one.rows, one.seconds, mem, flop, 1.0, 1.0, source))
+        if one.attention:
+            alone = _attention_flops(one) / (machine.bf16_tflops * 1e12)
+            seconds, flop = seconds - one.attention, flop - alone
+            if one.spec is None:  # once, not once more for each spec
+                found.append(
+                    Point(machine.id, "attention.prefill", one.rows, one.attention, 0.0, alone, 1.0, 1.0, source)
+                )
+        found.append(Point(machine.id, name, one.rows, seconds, mem, flop, 1.0, 1.0, source))
     return found
 
 
@@ -200,11 +211,25 @@ def _predict(one: Measured, card: Card, find: plan.Find) -> tuple[float, float, 
             raise FormatError(f"{card.id}: no rate for {one.spec}")
         mem, flop = one.moved / (card.bandwidth_gbs * 1e9 * share.e_bw), one.flops / (rate[0] * share.e_fl)
         return max(mem, flop), mem, flop, *share.term("mem" if mem >= flop else "flop"), share.source
+    if (
+        one.phase == "whole"
+    ):  # the first token comes with the prompt, a step for each of the others, from its middle depth
+        first = _predict(replace(one, phase="prefill"), card, find)
+        step = _predict(replace(one, phase="decode", tokens=one.tokens + one.new / 2), card, find)
+        total, mem, flop = (a + (one.new - 1) * b for a, b in zip(first[:3], step[:3], strict=True))
+        worst = max(first, step, key=lambda part: efficiency.BASES.index(part[3]))
+        return total, mem, flop, worst[3], worst[4], f"prefill: {first[5]}; decode: {step[5]}"
     shape = load_shape(f"shape:{one.model}").with_layers(one.layers)
     call = plan.predict_decode if one.phase == "decode" else plan.predict_prefill
     given = {"head": one.head, "plain": one.plain, "find": find}
-    step = call(shape, one.spec, one.kv, one.batch, one.tokens, card, **given)  # type: ignore[operator]
-    return step.seconds, step.mem, step.flop, step.basis, step.band, dict(step.sources)["shares"]
+    made = call(shape, one.spec, one.kv, one.batch, one.tokens, card, **given)  # type: ignore[operator]
+    return made.seconds, made.mem, made.flop, made.basis, made.band, dict(made.sources)["shares"]
+
+
+def _attention_flops(one: Measured) -> float:
+    """Operations of the attention of prompts, as plan.predict_prefill counts them."""
+    shape = load_shape(f"shape:{one.model}")
+    return one.batch * one.layers * shape.heads * (shape.head_dim + shape.v_head_dim) * float(one.tokens) ** 2
 
 
 def _roofs(card_id: str, of: str, bucket: int | None = None) -> Efficiency:
@@ -213,10 +238,10 @@ def _roofs(card_id: str, of: str, bucket: int | None = None) -> Efficiency:
 
 
 def _measured(records: Sequence[Record]) -> Iterator[tuple[Record, Measured | str]]:
-    """Each record with what was measured, or why nothing of it is predicted. Heads alone are parts, and left out."""
+    """Each record with what was measured, or why nothing of it is predicted. Heads and attention alone are parts, and left out."""
     layers = [record for record in records if record.level == "layer"]
     for record in records:
-        if ".head." in record.case and record.level == "layer":
+        if record.level == "layer" and ".layer." not in record.case:
             continue
         one = _one(record, layers)
         yield record, one
@@ -240,27 +265,12 @@ def _one(record: Record, layers: Sequence[Record]) -> Measured | str:
         if None in size or not moved or not flops or "experts" in record.case:
             return "an op that is no linear: only linears are predicted alone"
         model = _model_of(record.case)
+        rows = int(size[0] or 1)
         return Measured(
-            "op",
-            model,
-            "linear",
-            spec,
-            BF16,
-            "",
-            2.0,
-            int(size[0] or 1),
-            1,
-            1,
-            seconds,
-            record.case,
-            when,
-            moved,
-            flops,
+            "op", model, "linear", spec, BF16, "", 2.0, rows, 1, 1, seconds, record.case, when, moved, flops
         )
     if record.level not in ("model", "layer"):
         return f"level {record.level} is not predicted: waves of requests have no closed form"
-    if ".mix" in record.case:
-        return "prompt and steps as a whole: each is predicted by its own row"
     if record.model.get("shard"):
         return "a rank's shard: its links are not measured"
     if "dequantised" in str(record.body.get("impl")):
@@ -272,8 +282,9 @@ def _one(record: Record, layers: Sequence[Record]) -> Measured | str:
         return f"cache {kv_word}: its layers differ, and the planner has one spec for all"
     dtype = str(record.body.get("dtype") or "bf16")
     plain = float(_FLOATS.get(dtype, 2))
-    prefill = ".pp" in record.case
-    tokens = record.shape.get("isl") if prefill else record.shape.get("kv_len")
+    prefill, whole = ".pp" in record.case, ".model.mix" in record.case
+    tokens = record.shape.get("isl") if prefill or whole else record.shape.get("kv_len")
+    attention, new = 0.0, int(record.shape.get("osl") or 0)
     if not tokens:
         return "says neither the prompt nor the depth of its cache"
     model, layers_run = str(record.model.get("id")), int(record.model.get("layers_run") or 0)
@@ -286,13 +297,14 @@ def _one(record: Record, layers: Sequence[Record]) -> Measured | str:
             return f"{part}, so its layers do not add up to a model"
         assert part.latency_us is not None
         seconds = layers_run * seconds + part.latency_us["median"] / 1e6
-    elif not prefill:
-        tokens += (record.shape.get("osl") or 0) / 2  # steps in a row: the middle of them
+        alone = layer_check.attention_of(layers, record) if prefill else None
+        attention = 0.0 if alone is None else layers_run * alone
+    elif not (prefill or whole):
+        tokens += new / 2  # steps in a row: the middle of them
     batch = int(record.shape.get("batch") or 1)
-    phase = "prefill" if prefill else "decode"
-    return Measured(
-        record.level, model, phase, spec, kv, head, plain, batch, tokens, layers_run, seconds, record.case, when
-    )
+    phase = "whole" if whole else "prefill" if prefill else "decode"
+    about = (record.level, model, phase, spec, kv, head, plain, batch, tokens, layers_run, seconds, record.case, when)
+    return Measured(*about, attention=attention, new=new)
 
 
 def _floats(record: Record, one: Measured) -> Iterator[tuple[Record, Measured]]:

@@ -39,11 +39,21 @@ def test_each_side_of_each_cell_is_a_record(tmp_path: Path) -> None:
         "shape:small", ["w8a8", "w4a16-g64"], plan=SMALL, device=CPU, out=out, command="percard bench layer"
     )
     cases = [
-        f"small.{c}" for c in ("layer.pp8.b1", "layer.pp8.b2", "layer.tg.d8.b1", "layer.tg.d8.b2", "head.b1", "head.b2")
+        f"small.{c}"
+        for c in (
+            "layer.pp8.b1",
+            "layer.pp8.b2",
+            "attention.pp8.b1",
+            "attention.pp8.b2",
+            "layer.tg.d8.b1",
+            "layer.tg.d8.b2",
+            "head.b1",
+            "head.b2",
+        )
     ]
     assert list(dict.fromkeys(row.case for row in rows)) == cases
     by_case = {case: [row for row in rows if row.case == case] for case in cases}
-    assert [len(by_case[case]) for case in cases] == [3, 3, 5, 5, 2, 2]
+    assert [len(by_case[case]) for case in cases] == [3, 3, 1, 1, 5, 5, 2, 2]
     assert all(row.level == "layer" and row.latency_us and len(row.latency_us["samples"]) == 2 for row in rows)
     assert all((row.against is None) == (row.scheme["spec"] in ("bf16", "fp16", "fp32")) for row in rows)
     decode = by_case["small.layer.tg.d8.b2"]
@@ -58,7 +68,7 @@ def test_each_side_of_each_cell_is_a_record(tmp_path: Path) -> None:
     said: list[str] = []
     again = layer.run("small", ["w8a8", "w4a16-g64"], plan=SMALL, device=CPU, out=out, progress=said.append)
     assert [row.run_id for row in again] == [row.run_id for row in rows] == [row.run_id for row in record.read(out)]
-    assert "6 of 6 cells are in" in said[0]
+    assert "8 of 8 cells are in" in said[0]
 
 
 @pytest.mark.usefixtures("shapes")
@@ -66,7 +76,7 @@ def test_a_dry_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "probe", lambda *a, **k: pytest.fail("measured"))
     said: list[str] = []
     assert layer.run("small", ["w8a8"], plan=SMALL, device=CPU, dry_run=True, progress=said.append) == []
-    assert len(said) == 7 and said[0].startswith("small.layer.pp8.b1: about")
+    assert len(said) == 9 and said[0].startswith("small.layer.pp8.b1: about")
 
 
 @pytest.mark.usefixtures("shapes")
@@ -76,11 +86,9 @@ def test_a_layer_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(layer, "one_block", broken)
     rows = layer.run("small", ["w8a8"], plan=Plan((8,), (8,), (1,), copies=1, rounds=1), device=CPU)
-    assert [(row.status, row.case) for row in rows[:2]] == [
-        ("failed", "small.layer.pp8.b1"),
-        ("failed", "small.layer.tg.d8.b1"),
-    ]
-    assert rows[2].status == "ok" and rows[0].error and rows[0].error["message"] == "planted"
+    failed = [row.case for row in rows if row.status == "failed"]
+    assert failed == ["small.layer.pp8.b1", "small.attention.pp8.b1", "small.layer.tg.d8.b1"]
+    assert rows[3].status == "ok" and rows[0].error and rows[0].error["message"] == "planted"
 
 
 def test_a_rank_holds_its_share() -> None:

@@ -96,6 +96,40 @@ def test_layers_are_added_up_to_a_model() -> None:
     assert "no record of a int8-row head" in alone.reason
 
 
+def test_attention_of_prompts_has_a_share_of_its_own(tmp_path: Path) -> None:
+    """Linears at half of the rate, attention at a twentieth of bf16: both are found again, and predict another shape."""
+
+    def shares(card: str, of: str, bucket: int | None = None) -> Efficiency:
+        return Efficiency(1.0, 0.05 if of.startswith("attention") else 0.5, "measured", (0, 0), "x", "measured", "measured")
+
+    def layer(model: str, spec: str) -> list[Record]:
+        shape = load_shape(f"shape:{model}").with_layers(28)
+        alone = shape.heads * 2 * shape.head_dim * 512**2 / (1.5e12 * 0.05)
+        head, parsed = ("16bit", None) if spec == "bf16" else ("int8-row", QuantSpec.parse(spec))
+        whole = plan.predict_prefill(shape, parsed, BF16, 1, 512, CARD, head=head, find=shares)
+        base = replace(row(model, spec, "prefill", (whole.seconds - 0.01) / 28), level="layer")
+        base = replace(base, scheme={**base.scheme, "head": head})
+        parts = {f"{model}.layer.pp512.b1": base, f"{model}.head.b1": replace(base, latency_us={"median": 1e4})}
+        parts[f"{model}.attention.pp512.b1"] = replace(base, latency_us={"median": alone * 1e6})
+        return [replace(one, case=case) for case, one in parts.items()]
+
+    some = [one for spec in ("bf16", "w8a8") for one in layer("qwen2.5-0.5b", spec)]
+    rows = efficiency.fit(plan_check.points(some, CARDS))
+    shares_of = {r.of: round(r.e_fl or 0, 4) for r in rows}
+    assert shares_of == {"attention.prefill": 0.05, "prefill.bf16": 0.5, "prefill.w8a8": 0.5}
+    efficiency.save(tmp_path / "e.json", rows)
+    (found,) = plan_check.check(layer("qwen3-0.6b", "w8a8"), CARDS, files=[tmp_path / "e.json"])
+    assert found.ratio == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_whole_run_is_its_prompt_and_the_steps_after_the_first_token() -> None:
+    prompt, step = (seconds("qwen3-0.6b", "w8a8", phase, 0.8, 0.6) for phase in ("prefill", "decode"))
+    whole = replace(row("qwen3-0.6b", "w8a8", "decode", prompt + 31 * step), case="qwen3-0.6b.model.mix512x32.b1")
+    (found,) = plan_check.check([whole], CARDS)
+    assert found.phase == "whole" and found.ratio == pytest.approx(1.0)
+    assert plan_check.points([whole], CARDS) == []
+
+
 def test_linears_and_torch_beside_them() -> None:
     one = Record(
         cell_key="x", level="op", case="qwen3-0.6b.down.decode.b16.g64", cpu={"model": CPU, "threads": 2},
