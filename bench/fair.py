@@ -64,7 +64,7 @@ class Budget:
     of: str
 
     def __str__(self) -> str:
-        return f"{self.util:.0%} of {self.memory / 1e9:.1f} GB ({self.of}) less {self.overhead / 1e9:.1f} GB"
+        return f"{self.util:.0%} of {self.memory / 1e9:.3g} GB ({self.of}) less {self.overhead / 1e9:g} GB"
 
 
 def budget(plan: Plan, device: torch.device) -> Budget:

@@ -115,10 +115,9 @@ def _side(r: Record) -> tuple[Any, ...]:
 
 
 def _asked_of(rows: Sequence[Record], budget: Budget | None) -> dict[str, Any] | None:
-    found = next(
-        (m for r in reversed(rows) if r.tokens and (m := (r.tokens["vs_fp16"].get("max_fit") or {}).get("memory"))),
-        None,
-    )
+    """What a side needs of memory. A baseline may run in another float type at each batch: the one that holds least counts."""
+    said = [m for r in rows if r.tokens and (m := (r.tokens["vs_fp16"].get("max_fit") or {}).get("memory"))]
+    found = min(said, key=lambda m: (m["weights"], m["kv_per_token"])) if said else None
     if found is None or budget is None:
         return found
     return found | {"bytes": budget.memory, "util": budget.util, "overhead": budget.overhead, "of": budget.of}

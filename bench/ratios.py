@@ -187,8 +187,8 @@ def same_bound(base: Sequence[Point], side: Sequence[Point], bound: Bound | None
         return nothing("no bound was given; --bound tpot=50ms,ttft=2s")
     more = {"bound": bound.section()}
     mine, theirs = (_largest(points, bound.met) for points in (side, base))
-    for name, points, found in (("FP16", base, theirs), ("this side", side, mine)):
-        if found is None:
+    for name, points, at in (("FP16", base, theirs), ("this side", side, mine)):
+        if at is None:
             return nothing(_outside(name, points, bound), **more)
     assert mine is not None and theirs is not None
     theirs = _at(base, theirs.batch, mine.run) or theirs
@@ -208,9 +208,9 @@ def max_fit(
         return nothing(NO_FIT, **more)
     if fits < 1:
         return nothing("this side does not fit", **more)
-    mine, theirs = (_largest(points, lambda p, n=n: p.batch <= n) for points, n in ((side, fits), (base, fits_fp16)))
-    for name, points, found, limit in (("FP16", base, theirs, fits_fp16), ("this side", side, mine, fits)):
-        if found is None:
+    mine, theirs = _largest(side, lambda p: p.batch <= fits), _largest(base, lambda p: p.batch <= fits_fp16)
+    for name, points, at, limit in (("FP16", base, theirs, fits_fp16), ("this side", side, mine, fits)):
+        if at is None:
             least = f"the smallest is {min(p.batch for p in points)}" if points else "none was"
             return nothing(f"{name}: no batch of at most {limit} (what fits) was {cap}; {least}", **more)
     assert mine is not None and theirs is not None

@@ -114,7 +114,7 @@ def _title(shown: Sequence[Record]) -> str:
         parts.append(f"bound {Bound.of_section(bound)}")
     if memory := (versus.get("max_fit") or {}).get("memory"):
         parts.append(
-            f"max fit in {memory['util']:.0%} of {memory['bytes'] / 1e9:.1f} GB ({memory['of']}) less {memory['overhead'] / 1e9:g} GB"
+            f"max fit in {memory['util']:.0%} of {memory['bytes'] / 1e9:.3g} GB ({memory['of']}) less {memory['overhead'] / 1e9:g} GB"
         )
     parts.append(first.card.get("name") or first.cpu.get("model") or "")
     return "; ".join(filter(None, parts))

@@ -333,3 +333,20 @@ def test_tables_carry_batches_bound_and_memory(measured):
     assert report_ratios.tables(old) == []
     none = model_ratios.completed(measured[1], None, Budget(4e5, 0.9, 0.0, "given"))
     assert "[1] baseline does not fit" in report_ratios.three(none).notes
+
+
+def test_the_baseline_fits_as_the_float_type_that_holds_least(measured):
+    """A CPU's baseline may step in fp32 at batch 1 and in fp16 at batch 2."""
+    steps = [r for r in measured[1] if ".tg" in r.case and side(r)[0] == "16bit"]
+    least = min(r.tokens["vs_fp16"]["max_fit"]["memory"]["weights"] for r in steps)
+    versus = steps[0].tokens["vs_fp16"]["max_fit"]
+    twice = dataclasses.replace(
+        steps[0],
+        tokens=steps[0].tokens
+        | {
+            "vs_fp16": steps[0].tokens["vs_fp16"]
+            | {"max_fit": versus | {"memory": versus["memory"] | {"weights": 9 * least}}}
+        },
+    )
+    found = model_ratios.completed([twice, *(r for r in measured[1] if r is not steps[0])])
+    assert {r.tokens["vs_fp16"]["max_fit"]["fits_fp16"] for r in found if ".tg" in r.case} == {versus["fits_fp16"]}
