@@ -202,8 +202,10 @@ def gate(record: Record) -> str:
 
 def bound_words(bound: Mapping[str, Any] | str | None) -> str:
     """ "TTFT ≤ 2,000 ms, TPOT ≤ 50 ms at p99"; empty when there is none."""
-    if not bound or isinstance(bound, str):
-        return bound or ""
+    if not bound:
+        return ""
+    if isinstance(bound, str):
+        return bound
     parts = [f"{name.upper()} ≤ {bound[f'{name}_ms']:,g} ms" for name in ("ttft", "tpot") if bound.get(f"{name}_ms")]
     quantile = bound.get("quantile")
     if not parts or quantile is None:
@@ -213,7 +215,8 @@ def bound_words(bound: Mapping[str, Any] | str | None) -> str:
 
 def reason_words(reason: Any) -> str:
     """A reason as words: baseline_does_not_fit -> baseline does not fit."""
-    return str(reason).replace("_", " ")
+    text = str(reason)
+    return text if " " in text else text.replace("_", " ")
 
 
 def ratio_words(found: Mapping[str, Any] | None, record: Record, name: str) -> str:
@@ -222,7 +225,7 @@ def ratio_words(found: Mapping[str, Any] | None, record: Record, name: str) -> s
         return "not measured"
     if found.get("ratio") is None:
         return f"none: {reason_words(found.get('reason', 'no reason was recorded'))}"
-    interval = found.get("ci95") or ()
+    interval: Sequence[float] = found.get("ci95") or ()
     text = f"{found['ratio']:.2f}×" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if len(interval) == 2 else "")
     ours, theirs = found.get("batch", batch(record)), found.get("batch_fp16", batch(record))
     text += f", batch {ours} / {theirs}"
@@ -326,8 +329,8 @@ def verdicts(group: Group, phases: Sequence[str] = ("decode", "serve")) -> list[
         every = [*mine, *reads, *group.of(wanted)]
         if "mixed" in phases and not mine:
             continue
-        memory: Mapping[str, Any] = next((r.memory for r in every if r.memory), None) or {}
-        quality = next((r.quality for r in every if r.quality), None) or {}
+        memory: Mapping[str, Any] = next((r.memory for r in every if r.memory), {})
+        quality: Mapping[str, Any] = next((r.quality for r in every if r.quality), {})
         read = next((rate(r) for r in reads if case_of(r) == cases["prefill"]), None)
         told, reading = ratios(mine), ratios(reads)["same_batch"]
         red = quality.get("gate") == "red"

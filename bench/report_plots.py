@@ -290,7 +290,8 @@ def drawn(drawings: Sequence[Drawing], widths: Sequence[float] | None = None) ->
     """(drawing, inches, figure) of each, at its own width and for a phone."""
     import matplotlib
 
-    with matplotlib.rc_context(style.STYLE):
+    rc: Any = style.STYLE
+    with matplotlib.rc_context(rc):
         for drawing in drawings:
             for width in widths or (drawing.width, NARROW):
                 yield drawing, width, drawing.draw(width)

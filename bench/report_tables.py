@@ -153,8 +153,8 @@ def points(group: Group) -> Table | None:
             )
     if len({row[0] for row in body}) < 3:
         return None
-    header = ("case", "side", "batch", "tok/s", "tok/s/user", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms")
-    header = (*header, "goodput, req/s", "× FP16 at same batch", "% of roof")
+    header = ["case", "side", "batch", "tok/s", "tok/s/user", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms"]
+    header += ["goodput, req/s", "× FP16 at same batch", "% of roof"]
     kept = [i for i in range(len(header)) if any(row[i] not in ("-", "not measured") for row in body)]
     rows = tuple(tuple(row[i] for i in kept) for row in body)
     left = frozenset(n for n, i in enumerate(kept) if i in (0, 1, 8))
@@ -198,7 +198,7 @@ def ops(records: Iterable[Record]) -> list[Table]:
         latency, done = r.latency_us, [a for a in r.against or () if a["status"] == "ok" and a.get("median")]
         cache = r.scheme.get("kv_spec")
         base = series.base_of(r) or min(done, key=lambda a: a["median"], default=None)
-        ends = (base or {}).get("ci95") or ()
+        ends: Sequence[float] = (base or {}).get("ci95") or ()
         ratio = f"{base['ratio']:.2f}×" if base and base.get("ratio") else "-"
         ratio += f" ({ends[0]:.2f}–{ends[1]:.2f})" if len(ends) == 2 else ""
         best = min((a for a in done if not a["impl"].startswith("torch ")), key=lambda a: a["median"], default=None)
@@ -206,9 +206,12 @@ def ops(records: Iterable[Record]) -> list[Table]:
             latency["median"], latency.get("lo") or latency["median"], latency.get("hi") or latency["median"]
         )
         spec = str(r.scheme.get("spec"))
-        row = (r.case, spec if not cache or cache == spec else f"{spec}, {cache} cache", middle.words())
-        row += (f"{base['impl']}: {base['median']:,.1f}" if base else "-", ratio)
-        row += (
+        row = (
+            r.case,
+            spec if not cache or cache == spec else f"{spec}, {cache} cache",
+            middle.words(),
+            f"{base['impl']}: {base['median']:,.1f}" if base else "-",
+            ratio,
             f"{best['impl']}: {best['median']:,.1f}" if best else "-",
             _number((r.roofline or {}).get("pct_of_roof"), ".0f"),
         )
