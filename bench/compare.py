@@ -105,7 +105,12 @@ class Pair:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON prints it."""
-        found = {"cell": self.name, "level": self.base.level, "case": self.base.case, "verdict": self.verdict}
+        found: dict[str, Any] = {
+            "cell": self.name,
+            "level": self.base.level,
+            "case": self.base.case,
+            "verdict": self.verdict,
+        }
         found |= {"base_us": time_of(self.base), "new_us": time_of(self.new), "ratio": self.ratio, "ci95": self.ci95}
         return found | {"p": self.p, "threshold": self.threshold, "worse": self.worse, "apart": self.apart}
 

@@ -100,7 +100,9 @@ def test_attention_of_prompts_has_a_share_of_its_own(tmp_path: Path) -> None:
     """Linears at half of the rate, attention at a twentieth of bf16: both are found again, and predict another shape."""
 
     def shares(card: str, of: str, bucket: int | None = None) -> Efficiency:
-        return Efficiency(1.0, 0.05 if of.startswith("attention") else 0.5, "measured", (0, 0), "x", "measured", "measured")
+        return Efficiency(
+            1.0, 0.05 if of.startswith("attention") else 0.5, "measured", (0, 0), "x", "measured", "measured"
+        )
 
     def layer(model: str, spec: str) -> list[Record]:
         shape = load_shape(f"shape:{model}").with_layers(28)

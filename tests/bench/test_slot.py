@@ -160,7 +160,9 @@ class Listing:
 
 
 @pytest.mark.parametrize("device", slot.DEVICES)
-@pytest.mark.parametrize("stage", [slot.compile_kernels, slot.correctness, slot.time_ops, slot.time_model, slot.time_serve])
+@pytest.mark.parametrize(
+    "stage", [slot.compile_kernels, slot.correctness, slot.time_ops, slot.time_model, slot.time_serve]
+)
 def test_cells_of_the_stages(tmp_path: Path, stage: Any, device: str) -> None:
     listing = Listing(tmp_path, device)
     stage(listing)
@@ -171,7 +173,11 @@ def test_cells_of_the_stages(tmp_path: Path, stage: Any, device: str) -> None:
         json.dumps(cell.arguments)
         module, name = cell.task.split(":")
         assert hasattr(sys.modules[module], name)
-        if stage in (slot.time_ops, slot.time_model, slot.time_serve):  # its row must be a Record even when it never ran
+        if stage in (
+            slot.time_ops,
+            slot.time_model,
+            slot.time_serve,
+        ):  # its row must be a Record even when it never ran
             cut = {"status": "cut", "error": {"type": "Cut", "message": "", "stage": "deadline"}, "seconds": 0.0}
             slot.completed(tmp_path, {}, {**cell.row, **cut, "cell_key": "k"})
 
