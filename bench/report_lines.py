@@ -406,13 +406,13 @@ def header(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         return ", ".join(parts)
 
     def floors() -> list[str]:
-        found = [f for r in records if (f := r.card.get("noise_floor_pct", r.cpu.get("noise_floor_pct"))) is not None]
-        ends = sorted({f"{f:.1f}" for f in (min(found), max(found))}, key=float) if found else []
-        return (
-            [f"noise floor {' to '.join(ends)} %: the baseline against itself; nothing below twice that is a result"]
-            if ends
-            else []
-        )
+        found: dict[str, list[float]] = {}
+        for r in records:
+            if (floor := r.card.get("noise_floor_pct", r.cpu.get("noise_floor_pct"))) is not None:
+                found.setdefault(r.code.get("command") or "this run", []).append(floor)
+        ends = {run: sorted({f"{f:.1f}" for f in (min(held), max(held))}, key=float) for run, held in found.items()}
+        told = "noise floor {} % in {}: the baseline against itself; nothing below twice that is a result"
+        return [told.format(" to ".join(held), run) for run, held in ends.items()]
 
     def versions(r: Record) -> str:
         env, code = r.env, r.code
@@ -430,7 +430,7 @@ def header(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     days = sorted(r.ts[:10] for r in records)
     parts = [
         ("machine", each(machine)),
-        ("measured here", _few(each(roofs), 4) + floors()),
+        ("measured here", _few(each(roofs), 4) + _few(floors(), 6)),
         ("versions", _few(each(versions), 4)),
         ("date", [days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"] if days else []),
         ("command", _few(each(lambda r: r.code.get("command")), 6)),
