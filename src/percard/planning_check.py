@@ -74,7 +74,7 @@ def _show(found: Sequence[Checked], fitted: Sequence[Row], fit: Path | None) -> 
         yield "ratio = predicted / measured time;  ! outside its band;  * the shares were fitted on this very model"
     yield from plan_check.lines(found)
     if (mean := plan_check.geometric(found)) is not None:
-        yield f"geometric mean of the ratios {mean:.2f}: {'times are predicted too long' if mean > 1 else 'too short'}"
+        yield f"geometric mean of the ratios {mean:.2f} (above 1: times are predicted too long)"
     for row in fitted:
         shares = ", ".join(f"{n} {v:.2f}" for n, v in (("e_bw", row.e_bw), ("e_fl", row.e_fl)) if v is not None)
         yield f"fitted {row.of} at M={row.bucket}: {shares}   ({row.n} rows, spread {row.spread:.0%}; {row.source})"

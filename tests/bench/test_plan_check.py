@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from percard.bench import efficiency, plan, plan_check, record
+from percard.bench import card_table, efficiency, plan, plan_check, record
 from percard.bench.card_table import Card
 from percard.bench.efficiency import Efficiency
 from percard.bench.plan_parts import load_shape
@@ -19,7 +19,16 @@ from percard.planning_check import run
 CPU = "Planted CPU"
 CARD = Card("cpu-planted-2t", f"{CPU}, 2 threads", "cpu", 24.0, None, 20.0, 1.5, None, 3.0, "planted", "measured")
 CARDS = {CARD.id: CARD}
+SHIPPED = efficiency.PACKAGED
 MODELS, SPECS = ("qwen2.5-0.5b", "qwen3-1.7b", "qwen3-0.6b"), ("bf16", "w8a8", "w4a16-g128", "w4a8-g128")
+
+
+@pytest.fixture(autouse=True)
+def nothing_packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of real machines would lend to planted ones."""
+    (tmp_path / "none.json").write_text('{"version": 1, "rows": []}')
+    monkeypatch.setattr(efficiency, "PACKAGED", tmp_path / "none.json")
+    efficiency._known.cache_clear()
 
 
 def seconds(model: str, spec: str, phase: str, e_bw: float, e_fl: float, layers: int = 28) -> float:
@@ -201,3 +210,23 @@ def test_the_verb_prints_fits_and_says_when_there_is_nothing(
     assert "| model | qwen3-0.6b.model.tg32.d512.b1 | w8a8 |" in (tmp_path / "t.md").read_text()
     assert run([tmp_path / "m.jsonl"]) == 3
     assert "percard bench card --out FILE" in capsys.readouterr().out
+
+
+def test_the_committed_measurements_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares fitted on layers of two other shapes predict whole Qwen3-0.6B models: median error under 20 %."""
+    results = Path(__file__).resolve().parents[2] / "bench" / "results"
+    monkeypatch.setattr(efficiency, "PACKAGED", SHIPPED)
+    efficiency._known.cache_clear()
+    known = card_table.cards([results / "cards" / "cpu-intel-xeon-amx-int8-2t.json"])
+    layers = list(record.read(results / "layers-cpu-native.jsonl"))
+    assert {row.model["id"] for row in layers} == {"qwen2.5-0.5b", "qwen3-1.7b"}
+    fitted = {(row.of, row.bucket): row for row in efficiency.fit(plan_check.points(layers, known))}
+    shipped = [row for row in efficiency.read(SHIPPED) if row.card == "cpu-intel-xeon-amx-int8-2t"]
+    for row in shipped:  # what is packaged is what these records say
+        again = fitted[row.of, row.bucket]
+        assert (again.e_bw or again.e_fl) == pytest.approx(row.e_bw or row.e_fl, abs=1e-4)
+    whole = list(record.read(results / "model-qwen3-0.6b-cpu-native.jsonl"))
+    found = plan_check.check(whole, known)
+    assert len(found) == 19 and not any(one.reason or one.own for one in found)
+    assert (plan_check.overall(found) or 1) < 0.20
+    assert all(median < 0.20 for _, median, _, _ in plan_check.medians(found).values())
