@@ -85,6 +85,7 @@ def test_a_planted_broken_kernel_turns_the_gate_red_and_no_speed_is_told(
 
 
 @needs_example
+@pytest.mark.full
 def test_killed_in_the_middle_it_goes_on_with_the_same_cells(text: Path, tmp_path: Path) -> None:
     given = ["--specs", "w8a8", "--text", text, *FEW, "--batches", "1,2", "--no-energy"]
 
