@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..formats.checkpoint import Checkpoint
 from ..formats.kvcache import PAGE, pages_of
 from ..formats.spec import FormatError, QuantSpec
 from . import card, cells, contexts, energy, load, ops, quality, record, roof, serve_rows, soundness, waves
@@ -103,6 +104,10 @@ class Session:
         self.source, self.where, self.say, self.impl, self.command = source, where, say, impl, command
         self.text, self.gates = text, gates or {}
         config = load_config(source)
+        if not self.synthetic and "quantization_config" in Checkpoint.open(Path(source)).config:
+            raise FormatError(
+                f"{source}: is quantised already; give the 16-bit checkpoint, --specs are made of it at load"
+            )
         if not 1 <= (plan.layers or config.layers) <= config.layers:
             raise FormatError(f"{config.name}: layers={plan.layers} is outside 1 .. {config.layers}")
         self.whole, self.config = config, replace(config, layers=plan.layers or config.layers)

@@ -125,7 +125,16 @@ def test_a_cell_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(list(records_of.read(out))) == 3
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
+    for file in TINY.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    raw = json.loads((TINY / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "compressed-tensors"}
+    }
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(FormatError, match="is quantised already; give the 16-bit checkpoint"):
+        serve.run(tmp_path, small(), text=TEXT)
     with pytest.raises(FormatError, match="give --text FILE"):
         serve.run(TINY, small())
     with pytest.raises(FormatError, match=r"layers=9 is outside 1 \.\. 8"):
