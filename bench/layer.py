@@ -306,10 +306,11 @@ class _Bench:
         config = self.whole
         random = torch.Generator(self.where).manual_seed(self.plan.seed)
         dense = torch.randn(config.vocab, config.hidden, generator=random, device=self.where).div_(config.hidden**0.5)
-        held: Weight = dense.to(dtype)
+        dense = dense.to(dtype)
+        held: Weight = dense
         if side.spec is not None:
             held = prepare(
-                affine.quantize(held, INT8_ROW, affine.scale_dtype_of(INT8_ROW, dtype)), self.where, self.impl
+                affine.quantize(dense, INT8_ROW, affine.scale_dtype_of(INT8_ROW, dtype)), self.where, self.impl
             )
         turn = [held, *(_clone(held) for _ in range(_COLD[self.where.type] // max(1, _nbytes(held))))]
         x = torch.randn(work.batch, config.hidden, generator=random, device=self.where).to(dtype)

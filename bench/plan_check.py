@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..formats.kvcache import BF16, KVSpec
 from ..formats.spec import FormatError, QuantSpec
@@ -220,9 +221,9 @@ def _predict(one: Measured, card: Card, find: plan.Find) -> tuple[float, float, 
         worst = max(first, step, key=lambda part: efficiency.BASES.index(part[3]))
         return total, mem, flop, worst[3], worst[4], f"prefill: {first[5]}; decode: {step[5]}"
     shape = load_shape(f"shape:{one.model}").with_layers(one.layers)
-    call = plan.predict_decode if one.phase == "decode" else plan.predict_prefill
-    given = {"head": one.head, "plain": one.plain, "find": find}
-    made = call(shape, one.spec, one.kv, one.batch, one.tokens, card, **given)  # type: ignore[operator]
+    call: Any = plan.predict_decode if one.phase == "decode" else plan.predict_prefill
+    tokens = one.tokens if one.phase == "decode" else int(one.tokens)
+    made = call(shape, one.spec, one.kv, one.batch, tokens, card, head=one.head, plain=one.plain, find=find)
     return made.seconds, made.mem, made.flop, made.basis, made.band, dict(made.sources)["shares"]
 
 

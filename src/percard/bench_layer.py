@@ -92,7 +92,7 @@ def show(records: Sequence[Record]) -> Iterator[RenderableType]:
 
 def _cells(record: Record) -> list[str]:
     times: dict[str, Any] = record.latency_us or {}
-    base = (record.against or [None])[0]
+    base = record.against[0] if record.against else None
     gain = f"{base['ratio']:.2f} ({base['ci95'][0]:.2f}-{base['ci95'][1]:.2f})" if base else "1"
     moved = (record.roofline or {}).get("bytes")
     rate = f"{moved / times['median'] / 1e3:.1f}" if moved and ".pp" not in record.case else ""
