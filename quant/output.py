@@ -17,6 +17,7 @@ from types import TracebackType
 from ..formats.spec import FormatError
 
 WORK = ".percard-work"  # journal and activations, inside the hidden sibling
+FINISHED = ("config.json", "capture.json")  # what a complete output holds one of, written last
 MARKER = ".percard-unfinished"  # formats/checkpoint.py puts it into a folder that it has not finished
 
 
@@ -41,7 +42,7 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
         raise FileExistsError(
             f"{dst}: output exists and is not empty; choose another --out, or replace it with --force"
         )
-    if not (dst / "config.json").is_file():
+    if not finished(dst):
         raise FileExistsError(
             f"{dst}: holds no config.json, so it is no checkpoint and --force does not replace it; remove it yourself"
         )
@@ -90,7 +91,7 @@ class Output:
         except OSError:
             pass  # a file system without locks
         if self._old.exists():  # killed between the two renames of `publish`, or while the old folder was removed
-            if self.dst.exists() or not (self._old / "config.json").exists():
+            if self.dst.exists() or not finished(self._old):
                 discard(self._old)
             else:
                 self._old.rename(self.dst)
@@ -143,8 +144,13 @@ class Output:
 
 def _tidy(dst: Path) -> None:
     """Removes journal and activations that a run leaves in its output when it is killed between the last rename and its end."""
-    if (dst / "config.json").is_file() and (dst / WORK).is_dir():
+    if finished(dst) and (dst / WORK).is_dir():
         shutil.rmtree(dst / WORK)
+
+
+def finished(folder: Path) -> bool:
+    """Whether a folder is an output of ours, or some checkpoint."""
+    return any((folder / name).is_file() for name in FINISHED)
 
 
 def unfinished(dst: Path, journal: str) -> int:
@@ -154,11 +160,12 @@ def unfinished(dst: Path, journal: str) -> int:
 
 
 def discard(path: Path) -> None:
-    """Removes a file or a folder; config.json goes first, so that what a kill leaves of it looks like no model."""
+    """Removes a file or a folder; the file of FINISHED goes first, so that what a kill leaves of it looks like no output."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    (path / "config.json").unlink(missing_ok=True)
+    for name in FINISHED:
+        (path / name).unlink(missing_ok=True)
     shutil.rmtree(path)
 
 

@@ -224,10 +224,10 @@ def _documents(tree: Any, where: str) -> Iterator[Document]:
             raise FormatError(f"{where}: {len(value)} token ids, a document has at least 2; leave the line out")
         yield Document(where, ids=value)
     else:
-        yield Document(where, messages=_messages(value, where), tools=tree.get("tools") or None)
+        yield Document(where, messages=checked_messages(value, where), tools=tree.get("tools") or None)
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+def checked_messages(value: Any, where: str) -> list[dict[str, Any]]:
     """Messages with plain strings as content: most templates would print a list of parts as Python does."""
     if not isinstance(value, list) or not value:
         raise FormatError(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}, not empty')

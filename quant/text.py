@@ -238,10 +238,13 @@ def _shares(letters: np.ndarray) -> dict[str, float]:
 
 
 class Encoder:
-    """tokenizer.json and the chat template of a model folder, each opened when the first document asks for it."""
+    """tokenizer.json and the chat template of a model folder, each opened when the first document asks for it.
 
-    def __init__(self, model_dir: Path, vocab: int) -> None:
-        self.model_dir, self.vocab = model_dir, vocab
+    answer: messages end where the model begins to answer (add_generation_prompt of the template).
+    """
+
+    def __init__(self, model_dir: Path, vocab: int, *, answer: bool = False) -> None:
+        self.model_dir, self.vocab, self.answer = model_dir, vocab, answer
         self._tokenizer: Any = None
         self._chat: Any = None
 
@@ -309,7 +312,9 @@ class Encoder:
                 )
             self._chat = chat
         try:
-            text = self._chat.apply_chat_template(document.messages, tools=document.tools, tokenize=False)
+            text = self._chat.apply_chat_template(
+                document.messages, tools=document.tools, tokenize=False, add_generation_prompt=self.answer
+            )
         except Exception as error:  # a template is a program: it may raise anything
             raise FormatError(f"{document.where}: the chat template refuses it ({one_line(error)})") from None
         return str(text)
