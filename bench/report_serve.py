@@ -93,7 +93,8 @@ def _ratios(records: Sequence[Record]) -> Lines:
                     for way, c in zip(_WAYS[1:], cells[1:], strict=True)
                 ),
             ]
-        fits = number(memory.get("max_concurrency"))
+        fits = memory.get("max_concurrency")
+        fits = f"{fits / 1000:.0f}k" if fits and fits >= 10_000 else number(fits)
         lines.rows.append((*side, gate, str(r.shape["batch"]), *cells, fits, number(price), number(joules)))
     kept = [
         i for i in range(len(RATIOS)) if i < 8 or any(row[i] != "-" for row in lines.rows)

@@ -114,7 +114,9 @@ class Session:
         self.plan = plan
         self.specs = [None, *(QuantSpec.parse(s) for s in plan.specs)]
         for name in plan.kv:  # what is not known or does not fit is told before anything is loaded
-            caches.of(name, self.config, str(source))
+            if not caches.of(name, self.config, str(source)).quantised and name != "bf16":
+                said = f"a {name} cache keeps its first layer bf16, and no more than that one runs"
+                raise FormatError(f"{source}: {said}; give --layers 2 or more")
         if not (self.synthetic or text or gates):
             raise FormatError(f"{source}: real weights need a held-out text for the quality gate; give --text FILE")
         self.requests = plan.mix.draw(plan.requests, plan.seed)

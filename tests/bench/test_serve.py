@@ -140,6 +140,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         serve.run(TINY, small(layers=9), text=TEXT)
     with pytest.raises(FormatError, match="no request of long fits the context of 512"):
         serve.run(TINY, small(requests=3).__class__(mix_of("long"), requests=3), text=TEXT)
+    with pytest.raises(FormatError, match="keeps its first layer bf16, and no more than that one runs"):
+        serve.run(TINY, small(kv=("int4",), layers=1), text=TEXT)
     with pytest.raises(FormatError, match="cache spec 'int7' is not one"):
         serve.run(TINY, small(kv=("int7",)), text=TEXT)
     with pytest.raises(FormatError, match="expected DIR or shape:NAME, or --quick"):
