@@ -131,12 +131,17 @@ def plan(
     data: str,
     *,
     top_k: int = TOP_K,
-    seq_len: int = SEQ_LEN,
+    seq_len: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Plan:
-    """Checks teacher and text, and tokenises the text. FormatError for what cannot be."""
+    """Checks teacher and text, and tokenises the text. seq_len None: SEQ_LEN, or less where the teacher has fewer positions.
+
+    FormatError for what cannot be.
+    """
     opened = Teacher.open(teacher)
     opened.must_know(top_k)
+    if seq_len is None:
+        seq_len = min(SEQ_LEN, opened.positions or SEQ_LEN)
     stream = capture_text.of_text(data, opened.source.path, opened.vocab, seq_len, opened.positions)
     return Plan(opened, stream, top_k, shard_tokens)
 
@@ -173,7 +178,7 @@ def mark(teacher: Teacher, k: int, shard_tokens: int, text: Any) -> dict[str, An
     versions = {"percard": report.versions()["percard"], "transformers": transformers.__version__}
     recipe = {"k": k, "shard_tokens": shard_tokens}
     tokenizer = teacher.words.sha256
-    base = {"source": source_mark(teacher.source), "tokenizer": tokenizer, "recipe": recipe, "calibration": text}
+    base = {"source": source_mark(teacher.source), "tokenizer": tokenizer, "recipe": recipe, "text": text}
     return {**base, **versions, **machine()}
 
 

@@ -24,6 +24,8 @@ _WORDS = {
     "source": "the source's files",
     "recipe": "the recipe",
     "calibration": "the calibration text",
+    "text": "the text or what is made of it",
+    "tokenizer": "the tokenizer",
     "percard": "the version of percard",
     "torch": "the version of torch",
     "transformers": "the version of transformers",

@@ -84,6 +84,19 @@ by what a text shows: block influence (scored again after each drop), activation
 A dense child needs training before it serves: percard distill. Only a few experts of a mixture may go without.
 """
 
+CAPTURE = """Write down what TEACHER says, so that students are distilled without it in memory.
+
+\b
+  percard capture ./Qwen3-8B --data mix.jsonl --top-k 64 --out out/capture        log-probabilities of a text, 394 bytes a token
+  percard capture ./Qwen3-8B --data mix.jsonl --dry-run                           tokens and bytes; reads no weights
+  percard capture ./Qwen3-8B --generate prompts.jsonl --n 4 --out out/written     completions of prompts, to train on
+  percard capture ./Qwen3-8B --generate prompts.jsonl --keep '\\\\boxed\\{' --out out/w    only those that a regular expression finds
+  percard capture ./Qwen3-8B --generate prompts.jsonl --keep 'cmd:python check.py' --top-k 64 --out out/w     both, checked
+
+The teacher runs block by block, one block in memory. A run that is killed goes on with the same command: by file, by prompt.
+OUT carries the sha256 of every file, of teacher, tokenizer and text; percard distill refuses it when any of them is another.
+"""
+
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
 
 \b
