@@ -183,7 +183,7 @@ class Capture:
 
     def must_fit(self, model_dir: str | os.PathLike[str]) -> None:
         """FormatError when an id of this capture is another token, or none, in the tokenizer of `model_dir`."""
-        theirs = Words.of(model_dir)
+        theirs = Words.of(Path(model_dir))
         if theirs.sha256 == self.facts["tokenizer"]["sha256"]:
             return
         ours = Words.of(self.folder)
