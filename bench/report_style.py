@@ -269,10 +269,14 @@ def legend(
             text.set_fontweight("bold")
 
 
+NEAR = 24  # points: labels nearer than that, of one colour and saying the same, are one
+
+
 def label_points(figure: Figure, axes: Axes, items: Sequence[tuple[float, float, str, str]]) -> int:
     """Writes words beside points (x, y, words, colour) where they fit and nowhere else; how many were written.
 
-    A place fits when it touches no other label, no point and not the frame. Longer lists are tried in order.
+    A place fits when it touches no other label, no point and not the frame. Longer lists are tried in order. Points in a
+    heap (within NEAR points) that would say the same in the same colour say it once.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -281,7 +285,11 @@ def label_points(figure: Figure, axes: Axes, items: Sequence[tuple[float, float,
     dots = [axes.transData.transform((x, y)) for x, y, _, _ in items]
     taken = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
     written = 0
+    near = NEAR * figure.dpi / 72
+    said: list[tuple[str, str, Any]] = []
     for (x, y, words, color), dot in zip(items, dots, strict=True):
+        if any((w, c) == (words, color) and math.dist(dot, other) < near for w, c, other in said):
+            continue
         for dx, dy, ha, va in ((4, 4, "left", "bottom"), (-4, 4, "right", "bottom"), (4, -4, "left", "top"), (-4, -4, "right", "top"), (0, 6, "center", "bottom"), (0, -6, "center", "top")):  # fmt: skip
             text = axes.annotate(
                 words, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, color=color, fontsize=SIZE - 1.5
@@ -293,6 +301,7 @@ def label_points(figure: Figure, axes: Axes, items: Sequence[tuple[float, float,
             free = not any(box.padded(2.5).contains(*other) for other in dots if other is not dot)
             if inside and clear and free:
                 taken.append(box)
+                said.append((words, color, dot))
                 written += 1
                 break
             text.remove()
