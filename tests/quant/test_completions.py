@@ -231,3 +231,12 @@ def test_prompts_that_cannot_be(teacher: Path, tmp_path: Path, text: str, messag
 def test_wishes_that_cannot_be(teacher: Path, prompts: Path, more: dict, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         plan(teacher, prompts, **more)
+
+
+def test_messages_end_where_the_answer_begins(teacher: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "w7 w8"}], "answer": 3}))
+    (prompt,) = plan(teacher, tmp_path / "p.jsonl").prompts
+    assert prompt.ids == [1, 7, 8, 2, 3] and json.loads(prompt.line)["answer"] == 3
