@@ -362,9 +362,14 @@ def _shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _disk_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model in memory under the names that checkpoints have: experts one by one."""
+    """The state of a model in memory under the names that checkpoints have."""
+    return disk_names(model.state_dict(), bool(getattr(model.config, "tie_word_embeddings", False)))
+
+
+def disk_names(held: Mapping[str, torch.Tensor], tied: bool) -> dict[str, torch.Tensor]:
+    """Tensors of transformers' modules under the names that checkpoints have: experts one by one, no head that is tied."""
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in held.items():
         if name.endswith("mlp.experts.gate_up_proj"):
             path = name.removesuffix("gate_up_proj")
             for e, both in enumerate(tensor):
@@ -373,6 +378,6 @@ def _disk_names(model: nn.Module) -> dict[str, torch.Tensor]:
         elif name.endswith("mlp.experts.down_proj"):
             path = name.removesuffix("down_proj")
             state |= {f"{path}{e}.down_proj.weight": one for e, one in enumerate(tensor)}
-        elif name != "lm_head.weight" or not getattr(model.config, "tie_word_embeddings", False):
+        elif name != "lm_head.weight" or not tied:
             state[name] = tensor
     return state

@@ -26,6 +26,8 @@ _WORDS = {
     "calibration": "the calibration text",
     "text": "the text or what is made of it",
     "tokenizer": "the tokenizer",
+    "teacher": "the teacher's files",
+    "wish": "what is trained how",
     "percard": "the version of percard",
     "torch": "the version of torch",
     "transformers": "the version of transformers",

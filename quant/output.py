@@ -51,7 +51,7 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
 class Output:
     """Context manager: `.folder` is where to write, `publish()` gives it its name; leaving without that removes it.
 
-    With `.keep` set, an error of the machine (a full disk, an interrupt) leaves it for the next run; an error of the input
+    With `.keep` set, an error of the machine (a full disk, an interrupt) or of arithmetic (a loss that is NaN) leaves it for the next run; an error of the input
     does not, unless `.written` says that all of it was done by then. `fresh` removes what an earlier run left before the work starts.
     """
 
@@ -122,7 +122,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        machine = isinstance(error, (OSError, MemoryError, KeyboardInterrupt, SystemExit))
+        machine = isinstance(error, (OSError, MemoryError, ArithmeticError, KeyboardInterrupt, SystemExit))
         kept = self.keep and (machine or (self.written and isinstance(error, ValueError)))
         if not self._published and not kept:
             if self._lock is not None:

@@ -211,6 +211,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return ERROR, f"out of memory ({error}); close other programs or use a machine with more"
     if isinstance(error, ValueError | NotImplementedError) and str(error):
         return BAD_INPUT, str(error)
+    if type(error).__name__ == "Diverged":
+        return ERROR, str(error)
     hint = "set PERCARD_TRACEBACK=1 to see where, and please report it"
     return ERROR, f"unexpected {type(error).__name__}: {error}; {hint}"
 

@@ -97,6 +97,20 @@ The teacher runs block by block, one block in memory. A run that is killed goes 
 OUT carries the sha256 of every file, of teacher, tokenizer and text; percard distill refuses it when any of them is another.
 """
 
+DISTILL = """Train the checkpoint STUDENT to say what a teacher says; OUT is an ordinary checkpoint under the student's names and dtypes.
+
+\b
+  percard distill out/child --teacher ./Qwen3-8B --data mix.jsonl --dry-run       what it needs; reads no weights
+  percard distill out/child --teacher ./Qwen3-8B --data mix.jsonl --tokens 2.5e9 --batch 768 --lr 1e-4 --out out/student
+  percard distill out/child --teacher ./Qwen3-8B --data mix.jsonl --text held.txt --out out/student    KL before and after
+  percard distill out/child --teacher T --data F --hidden cosine --hidden-blocks 7,15 --out out/student
+  torchrun --nproc-per-node 8 -m percard distill out/child --teacher T --data F --out out/student      split by FSDP2
+
+Losses: fkl (forward KL, the default), rkl, jsd with --beta, --hard W times cross-entropy beside it, hidden states. Both models
+must have the same tokenizer; padding of the heads is left out on both sides. A run that is killed goes on from its last state,
+every --every steps: the same command. A loss that is no number stops it, and the last state stays.
+"""
+
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
 
 \b

@@ -1,0 +1,199 @@
+"""`percard distill`: a student learns to say what its teacher says. The whole story, top to bottom.
+
+    plan      both models, their tokenizers, the front of the text; swapped roles are a question (distill_plan.py)
+    data      the text becomes tokens on the disk, once (distill_data.py)
+    train     transformers' own models, in one process or in those of torchrun under FSDP2 (distill_train.py)
+    write     an ordinary checkpoint under the student's names and dtypes; loss curve, report, model card (distill_report.py)
+
+A run that was killed goes on from its last complete state and repeats what it would have done (distill_state.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats.spec import FormatError
+from ..formats.writer import Writer
+from . import distill_data, distill_models, distill_report, distill_state, output, report
+from .blocks import disk_names
+from .distill_models import Student, Teacher
+from .distill_plan import Plan, Refused, Wish, plan
+from .distill_processes import Processes, processes
+from .distill_train import Schedule, train
+from .journal import NAME, Journal, source_mark
+from .output import Output
+from .progress import Callback
+
+# (student or child, teacher) -> what a held-out text says about them; the roof has one, this floor does not know the bench.
+Measure = Callable[[Path, Path], dict[str, Any]]
+# Settings that change how a run goes on, not what it is.
+_FREE = ("lr", "every", "micro", "device", "checkpointing")
+
+
+def run(
+    student: str | os.PathLike[str],
+    teacher: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    wish: Wish,
+    *,
+    yes: bool = False,
+    force: bool = False,
+    fresh: bool = False,
+    measure: Measure | None = None,
+    progress: Callback | None = None,
+) -> dict[str, Any]:
+    """Trains `student` towards `teacher` into the new folder `dst`; returns the report that lies there as distill.json.
+
+    Under torchrun every process calls it; the first one writes, the others return {}. FormatError or FileExistsError with
+    nothing left behind; Refused for a question without `yes`; Diverged, an interrupt or a full disk keep the last good state.
+    """
+    out_path = Path(dst)
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(processes(wish.device))
+        planned = plan(student, teacher, wish)
+        if planned.question and not yes:
+            raise Refused(planned.question)
+        if wish.batch % group.world:
+            raise FormatError(
+                f"--batch {wish.batch}: {group.world} processes share it, take a multiple of {group.world}"
+            )
+        dtype = _dtype(wish, group)
+        out: Output | None = None
+        if group.first:
+            for source in (planned.student, planned.teacher):
+                output.refuse(source.path, out_path, force)
+            out = stack.enter_context(Output(out_path, force, fresh))
+            _begin(out, planned, dtype, group)
+        work = Path(group.told(None if out is None else str(out.work)))
+        data = distill_data.opened(work, wish.seed)
+        if data.windows < wish.batch:
+            raise FormatError(f"{planned.text}: {data.windows} windows, less than one batch of {wish.batch}")
+        schedule = Schedule(
+            planned.steps(data.windows), wish.batch, wish.micro or wish.batch, wish.lr, wish.decay, wish.every
+        )
+        ours, theirs = _models(planned, group, dtype)
+        curve, spent = train(ours, theirs, data, schedule, group, work, progress=progress, saved=_keeping(out))
+        _write(planned, ours, out, group)
+        if out is None:
+            return {}
+        done: dict[str, Any] = {
+            "schema": 1,
+            "verb": "distill",
+            **planned.to_dict(),
+            "steps": schedule.steps,
+            "trained_tokens": schedule.steps * schedule.batch * data.facts["window"],
+            "processes": group.world,
+            "dtype": str(dtype).removeprefix("torch."),
+            "data": data.facts,
+            "run": {**spent, "tokens_per_s": spent["tokens"] / spent["seconds"] if spent["tokens"] else None},
+            "curve": distill_report.thinned(curve),
+            "versions": report.versions(),
+        }
+        if measure is not None:
+            done["quality"] = {
+                "before": measure(planned.student.path, planned.teacher.path),
+                "after": measure(out.folder, planned.teacher.path),
+            }
+        note = distill_report.draw(curve, out.folder / distill_report.PICTURE)
+        done["warnings"] += [note] if note else []
+        output.write(out.folder / distill_report.NAME, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
+        distill_report.write_card(out.folder, done, planned)
+        out.publish()
+    return done
+
+
+def _dtype(wish: Wish, group: Processes) -> torch.dtype:
+    """Of the products: bf16 on a card, fp32 on a CPU, unless it is said."""
+    name = wish.dtype or ("bf16" if group.device.type == "cuda" else "fp32")
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _begin(out: Output, planned: Plan, dtype: torch.dtype, group: Processes) -> None:
+    """Journal and tokens: of this run, or those that a killed one left."""
+    import transformers
+
+    wish = {k: v for k, v in dataclasses.asdict(planned.wish).items() if k not in (*_FREE, "data", "dtype")}
+    path = Path(planned.wish.data).expanduser()
+    stat = path.stat() if path.is_file() else None
+    out.keep = out.written = bool(distill_state.states(out.work))
+    Journal(
+        out.work / NAME,
+        {
+            "source": source_mark(planned.student),
+            "teacher": source_mark(planned.teacher),
+            "text": [planned.wish.data, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
+            "wish": wish,
+            "dtype": str(dtype),
+            "device": group.device.type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "percard": report.versions()["percard"],
+        },
+    )
+    if not (out.work / distill_data.FACTS).is_file():
+        distill_data.write(planned.wish.data, out.work, planned.student.path, planned.vocab, planned.window)
+
+
+def _keeping(out: Output | None) -> Callable[[int], None]:
+    """From the first state on, what is there is worth keeping."""
+
+    def saved(step: int) -> None:
+        if out is not None:
+            out.keep = out.written = True
+
+    return saved
+
+
+def _models(planned: Plan, group: Processes, dtype: torch.dtype) -> tuple[Student, Teacher | None]:
+    """Both models on their device, one process after another; no teacher where nothing is asked of it."""
+    wish, hidden = planned.wish, planned.hidden
+    wide = int(planned.teacher.config["hidden_size"])
+    student: Student | None = None
+    teacher: Teacher | None = None
+    for _ in group.in_turn():
+        model = distill_models.load(planned.student.path, torch.float32)
+        if wish.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student = Student(model, wish.objective, hidden, planned.vocab, dtype, wide)
+        distill_models.spread(student, group, dtype)
+        if wish.loss != "none" or hidden is not None:
+            blocks = [theirs for _, theirs in hidden.pairs] if hidden is not None else []
+            teacher = Teacher(distill_models.load(planned.teacher.path, dtype), blocks, dtype)
+            distill_models.spread(teacher, group, dtype)
+    assert student is not None
+    return student, teacher
+
+
+def _write(planned: Plan, student: Student, out: Output | None, group: Processes) -> None:
+    """The trained weights under the names and in the dtypes of the student's files, one tensor in memory at a time."""
+    source, tied = planned.student, planned.found.tied
+    plan_ = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    with contextlib.ExitStack() as stack:
+        writer = None if out is None else stack.enter_context(Writer(out.folder, plan_, resume=()))
+        left = set(plan_)
+        for name, held in student.model.state_dict().items():
+            whole = held.full_tensor() if hasattr(held, "full_tensor") else held
+            if writer is None:
+                continue
+            for disk, tensor in disk_names({name: whole}, tied).items():
+                if disk not in left:
+                    raise FormatError(f"{source.path}: trained tensor {disk} is not in the student's files")
+                writer.add(disk, tensor.detach().to("cpu", plan_[disk][0]))
+                left.discard(disk)
+                if disk == "model.embed_tokens.weight" and tied and "lm_head.weight" in left:  # stored twice
+                    writer.add("lm_head.weight", tensor.detach().to("cpu", plan_["lm_head.weight"][0]))
+                    left.discard("lm_head.weight")
+        if writer is not None:
+            for name in sorted(left):  # what transformers computes by itself, such as rotary frequencies
+                writer.add(name, source.read(name))
+            writer.copy_side_files(source)
+            writer.finish(source.config)
+    group.wait()
