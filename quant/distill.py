@@ -24,6 +24,7 @@ from ..formats.spec import FormatError
 from ..formats.writer import Writer
 from . import distill_data, distill_models, distill_report, distill_state, output, report
 from .blocks import disk_names
+from .capture_cache import Capture
 from .distill_models import Student, Teacher
 from .distill_plan import Plan, Refused, Wish, plan
 from .distill_processes import Processes, processes
@@ -68,12 +69,16 @@ def run(
         dtype = _dtype(wish, group)
         out: Output | None = None
         if group.first:
-            for source in (planned.student, planned.teacher):
-                output.refuse(source.path, out_path, force)
+            for source in (planned.student.path, planned.reference):
+                output.refuse(source, out_path, force)
             out = stack.enter_context(Output(out_path, force, fresh))
             _begin(out, planned, dtype, group)
         work = Path(group.told(None if out is None else str(out.work)))
-        data = distill_data.opened(work, wish.seed)
+        data: distill_data.TokenData | distill_data.CapturedData
+        if isinstance(planned.teacher, Capture):
+            data = distill_data.CapturedData(planned.teacher, planned.objective.kind == "topk", wish.seed)
+        else:
+            data = distill_data.opened(work, wish.seed)
         if data.windows < wish.batch:
             raise FormatError(f"{planned.text}: {data.windows} windows, less than one batch of {wish.batch}")
         schedule = Schedule(
@@ -89,7 +94,7 @@ def run(
             "verb": "distill",
             **planned.to_dict(),
             "steps": schedule.steps,
-            "trained_tokens": schedule.steps * schedule.batch * data.facts["window"],
+            "trained_tokens": data.count(schedule.steps * schedule.batch),
             "processes": group.world,
             "dtype": str(dtype).removeprefix("torch."),
             "data": data.facts,
@@ -97,11 +102,9 @@ def run(
             "curve": distill_report.thinned(curve),
             "versions": report.versions(),
         }
-        if measure is not None:
-            done["quality"] = {
-                "before": measure(planned.student.path, planned.teacher.path),
-                "after": measure(out.folder, planned.teacher.path),
-            }
+        if measure is not None and not isinstance(planned.teacher, Capture):
+            pairs = {"before": planned.student.path, "after": out.folder}
+            done["quality"] = {name: measure(folder, planned.teacher.path) for name, folder in pairs.items()}
         note = distill_report.draw(curve, out.folder / distill_report.PICTURE)
         done["warnings"] += [note] if note else []
         output.write(out.folder / distill_report.NAME, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
@@ -121,14 +124,14 @@ def _begin(out: Output, planned: Plan, dtype: torch.dtype, group: Processes) -> 
     import transformers
 
     wish = {k: v for k, v in dataclasses.asdict(planned.wish).items() if k not in (*_FREE, "data", "dtype")}
-    path = Path(planned.wish.data).expanduser()
+    path = Path(planned.wish.data or "").expanduser()
     stat = path.stat() if path.is_file() else None
     out.keep = out.written = bool(distill_state.states(out.work))
     Journal(
         out.work / NAME,
         {
             "source": source_mark(planned.student),
-            "teacher": source_mark(planned.teacher),
+            "teacher": planned.teacher.sha256 if isinstance(planned.teacher, Capture) else source_mark(planned.teacher),
             "text": [planned.wish.data, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
             "wish": wish,
             "dtype": str(dtype),
@@ -138,7 +141,10 @@ def _begin(out: Output, planned: Plan, dtype: torch.dtype, group: Processes) -> 
             "percard": report.versions()["percard"],
         },
     )
-    if not (out.work / distill_data.FACTS).is_file():
+    if isinstance(planned.teacher, Capture):
+        planned.teacher.verify()
+    elif not (out.work / distill_data.FACTS).is_file():
+        assert planned.wish.data is not None
         distill_data.write(planned.wish.data, out.work, planned.student.path, planned.vocab, planned.window)
 
 
@@ -155,18 +161,19 @@ def _keeping(out: Output | None) -> Callable[[int], None]:
 def _models(planned: Plan, group: Processes, dtype: torch.dtype) -> tuple[Student, Teacher | None]:
     """Both models on their device, one process after another; no teacher where nothing is asked of it."""
     wish, hidden = planned.wish, planned.hidden
-    wide = int(planned.teacher.config["hidden_size"])
+    theirs = planned.teacher
+    wide = int((planned.student if isinstance(theirs, Capture) else theirs).config["hidden_size"])
     student: Student | None = None
     teacher: Teacher | None = None
     for _ in group.in_turn():
         model = distill_models.load(planned.student.path, torch.float32)
         if wish.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        student = Student(model, wish.objective, hidden, planned.vocab, dtype, wide)
+        student = Student(model, planned.objective, hidden, planned.vocab, dtype, wide)
         distill_models.spread(student, group, dtype)
-        if wish.loss != "none" or hidden is not None:
-            blocks = [theirs for _, theirs in hidden.pairs] if hidden is not None else []
-            teacher = Teacher(distill_models.load(planned.teacher.path, dtype), blocks, dtype)
+        if not isinstance(theirs, Capture) and (planned.objective.kind != "none" or hidden is not None):
+            blocks = [other for _, other in hidden.pairs] if hidden is not None else []
+            teacher = Teacher(distill_models.load(theirs.path, dtype), blocks, dtype)
             distill_models.spread(teacher, group, dtype)
     assert student is not None
     return student, teacher

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from ..formats.spec import FormatError
+from .capture_cache import Capture
+from .distill_losses import TopK
 from .distill_models import Batch
 from .sources import open_source
 from .text import Encoder, Tally
@@ -43,6 +45,48 @@ class TokenData:
         counted = torch.ones(ids.shape, dtype=torch.bool)
         counted[:, -1] = False
         return Batch(ids, counted)
+
+    def count(self, windows: int) -> int:
+        """Tokens of the first so many windows of the walk."""
+        return windows * self.tokens.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedData:
+    """Windows of a capture, with what the teacher said about them. Shorter ones are padded at the end, where nothing counts."""
+
+    capture: Capture
+    soft: bool  # whether the kept probabilities are read
+    seed: int
+
+    @property
+    def windows(self) -> int:
+        return len(self.capture)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As of TokenData."""
+        found = {"name": self.capture.folder.name, "sha256": self.capture.sha256, "tokens": self.capture.tokens}
+        return {**found, "windows": self.windows, "window": int(self.capture.lengths.max()), "k": self.capture.k}
+
+    def count(self, windows: int) -> int:
+        return int(self.capture.lengths[order(self.windows, self.seed, 0, windows)].sum())
+
+    def batch(self, step: int, size: int) -> Batch:
+        found = [self.capture.windows(i) for i in order(self.windows, self.seed, step * size, size)]
+        length = max(len(w.tokens) for w in found)
+
+        def laid(parts: list[torch.Tensor]) -> torch.Tensor:
+            out = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+            for row, part in zip(out, parts, strict=True):
+                row[: len(part)] = part
+            return out
+
+        kept = None
+        if self.soft:
+            columns = [[getattr(w, name) for w in found] for name in ("ids", "logp", "log_rest")]
+            kept = TopK(*(laid(c).flatten(0, 1) for c in columns))
+        return Batch(laid([w.tokens for w in found]), laid([w.counted for w in found]), kept)
 
 
 def order(windows: int, seed: int, start: int, count: int) -> list[int]:

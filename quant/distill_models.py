@@ -55,7 +55,7 @@ class Hidden:
 class _Listener:
     """Keeps the outputs of listed blocks of one forward pass; deaf when activations are computed again for backward."""
 
-    def __init__(self, layers: Sequence[nn.Module], blocks: Sequence[int]) -> None:
+    def __init__(self, layers: nn.ModuleList, blocks: Sequence[int]) -> None:
         self.heard: dict[int, torch.Tensor] | None = None
         self.blocks = tuple(blocks)
         for block in sorted(set(self.blocks)):
@@ -166,7 +166,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise FormatError("distilling runs models through transformers: pip install 'percard[quant]'") from None
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
         attn_implementation="sdpa",
@@ -175,6 +175,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, found = loaded
     if found["missing_keys"]:
         raise FormatError(f"{folder}: transformers finds no weight for {sorted(found['missing_keys'])[0]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:

@@ -15,9 +15,11 @@ import numpy as np
 
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError
-from . import distill_data, walk
+from . import distill_data, vocabulary, walk
+from .capture_cache import FACTS, Capture
 from .distill_losses import LOSSES, Objective
 from .distill_models import Hidden
+from .vocabulary import Words
 
 PRUNED = "prune.json"
 HIDDEN = ("mse", "cosine")
@@ -31,13 +33,13 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for. steps and tokens None: once through the text. hidden_blocks: "3,7", or "3:4,7:9" as student:teacher.
+    """What is asked for. data None: that of a capture. loss None: topk of a capture, else fkl. steps and tokens None: once through the text. hidden_blocks: "3,7", or "3:4,7:9" as student:teacher.
 
     lr is the peak rate; batch counts windows of a step over all processes, micro those that run at once in one (None: all).
     """
 
-    data: str
-    loss: str = "fkl"
+    data: str | None = None
+    loss: str | None = None
     beta: float = 0.5
     temperature: float = 1.0
     hard: float = 0.0
@@ -58,9 +60,8 @@ class Wish:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES or self.loss == "topk":
-            known = ", ".join(n for n in LOSSES if n != "topk")
-            raise FormatError(f"--loss {self.loss}: not known; choose one of {known}")
+        if self.loss is not None and self.loss not in LOSSES:
+            raise FormatError(f"--loss {self.loss}: not known; choose one of {', '.join(LOSSES)}")
         if self.dtype not in (None, "fp32", "bf16"):
             raise FormatError(f"--dtype {self.dtype}: expected fp32 or bf16")
         if self.hidden is not None and self.hidden not in HIDDEN:
@@ -71,7 +72,7 @@ class Wish:
             raise FormatError("--loss none leaves nothing to train on; add --hard 1, or --hidden")
         if self.steps is not None and self.tokens is not None:
             raise FormatError("--steps and --tokens both say how long; give one of them")
-        for name, low in (
+        for name, least in (
             ("steps", 1),
             ("tokens", 1),
             ("seq_len", 2),
@@ -81,13 +82,10 @@ class Wish:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise FormatError(f"--{name.replace('_', '-')} {value}: expected at least {low}")
-        ranges: tuple[tuple[str, float, float], ...] = (
-            ("lr", 0.0, math.inf), ("temperature", 0.0, math.inf), ("hidden_weight", 0.0, math.inf),
-        )  # fmt: skip
-        for name, low, high in ranges:
-            if not low < getattr(self, name) < high:
+            if value is not None and value < least:
+                raise FormatError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        for name in ("lr", "temperature", "hidden_weight"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise FormatError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected a number above 0")
         if not 0 <= self.beta <= 1:
             raise FormatError(f"--beta {self.beta:g}: expected 0 (forward KL) to 1 (reverse KL)")
@@ -95,22 +93,19 @@ class Wish:
             if not 0 <= getattr(self, name) < math.inf:
                 raise FormatError(f"--{name} {getattr(self, name):g}: expected 0 or more")
 
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.loss, self.beta, self.temperature, self.hard)
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a run would do. vocab: ids that both sides know; blocks: the student's block -> the teacher's, as pruning left it."""
+    """What a run would do. teacher: a checkpoint that runs along, or what one said. vocab: ids that both sides know; blocks: the student's block -> the teacher's, as pruning left it."""
 
     student: Checkpoint
-    teacher: Checkpoint
+    teacher: Checkpoint | Capture
     found: walk.Map
     wish: Wish
+    objective: Objective
     vocab: int
     window: int
-    parameters: tuple[int, int]
+    parameters: tuple[int, int]  # of student and teacher, 0 for a capture
     hidden: Hidden | None
     text: str
     question: str = ""
@@ -126,6 +121,11 @@ class Plan:
         return max(1, windows // wish.batch)
 
     @property
+    def reference(self) -> Path:
+        """The teacher's folder."""
+        return self.teacher.folder if isinstance(self.teacher, Capture) else self.teacher.path
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes over all processes: weights of both, gradients and both moments in fp32; without activations."""
         bits = 2 if self.wish.dtype == "bf16" else 4
@@ -135,9 +135,10 @@ class Plan:
         """JSON-ready."""
         return {
             "student": str(self.student.path),
-            "teacher": str(self.teacher.path),
+            "teacher": str(self.reference),
             "family": self.found.family.name,
             "parameters": {"student": self.parameters[0], "teacher": self.parameters[1]},
+            "loss": self.objective.kind,
             "vocab": self.vocab,
             "window": self.window,
             "wish": dataclasses.asdict(self.wish),
@@ -150,11 +151,21 @@ class Plan:
 
 
 def plan(student: str | os.PathLike[str], teacher: str | os.PathLike[str], wish: Wish) -> Plan:
-    """Checks both models, their tokenizers and the front of the text. FormatError for what cannot be."""
+    """Checks both models, their tokenizers and the front of the text. FormatError for what cannot be.
+
+    teacher: a checkpoint, or the folder of a capture, which brings its text along.
+    """
     if Path(student).resolve() == Path(teacher).resolve():
         raise FormatError(f"{student}: student and teacher are the same folder; there is nothing to learn")
     ours, found = _open(Path(student), "student")
+    if (Path(teacher) / FACTS).is_file():
+        return _from_capture(ours, found, Path(teacher), wish)
     theirs, _ = _open(Path(teacher), "teacher")
+    objective = _objective(wish, "fkl")
+    if objective.kind == "topk":
+        raise FormatError(f"--loss topk: {teacher} is a model; give the folder of a capture, or take --loss fkl")
+    if wish.data is None:
+        raise FormatError("--data is missing; give text to train on")
     vocab = shared_vocabulary(ours, theirs)
     notes: list[str] = []
     window, positions = wish.seq_len, [c.config.get("max_position_embeddings") for c in (ours, theirs)]
@@ -173,9 +184,48 @@ def plan(student: str | os.PathLike[str], teacher: str | os.PathLike[str], wish:
     hidden = None
     if wish.hidden is not None:
         hidden = Hidden(wish.hidden, _pairs(wish.hidden_blocks, ours, theirs), wish.hidden_weight)
-    if wish.loss != "none" and wish.hard >= 1:
+    if objective.kind != "none" and wish.hard >= 1:
         notes.append("hard labels weigh as much as the teacher: cross-entropy alone lets a student drift from it")
-    return Plan(ours, theirs, found, wish, vocab, window, sizes, hidden, text, question, tuple(notes))
+    return Plan(ours, theirs, found, wish, objective, vocab, window, sizes, hidden, text, question, tuple(notes))
+
+
+def _objective(wish: Wish, usual: str) -> Objective:
+    return Objective(wish.loss or usual, wish.beta, wish.temperature, wish.hard)
+
+
+def _from_capture(student: Checkpoint, found: walk.Map, folder: Path, wish: Wish) -> Plan:
+    """What a captured teacher allows: topk at temperature 1, or its text alone."""
+    capture = Capture.open(folder, student.path, verify=False)
+    objective = _objective(wish, "topk" if capture.k else "none")
+    if wish.data is not None:
+        raise FormatError(f"--data {wish.data}: {folder} is a capture and brings its own text; leave --data out")
+    if objective.kind not in ("topk", "none") or (objective.kind == "topk" and not capture.k):
+        able = "topk, or none with --hard 1" if capture.k else "none with --hard 1: it keeps the text alone"
+        raise FormatError(f"--loss {objective.kind}: {folder} is a capture; it serves {able}")
+    if objective.kind == "none" and not wish.hard:
+        raise FormatError(f"{folder}: keeps no probabilities, so there is nothing to train on; add --hard 1")
+    if wish.temperature != 1:
+        raise FormatError(
+            f"--temperature {wish.temperature:g}: a capture holds temperature 1; what the rest weighs at another is not in it"
+        )
+    if wish.hidden is not None:
+        raise FormatError(
+            f"--hidden {wish.hidden}: {folder} is a capture and has no hidden states; take a live teacher"
+        )
+    positions, longest = student.config.get("max_position_embeddings"), int(capture.lengths.max(initial=0))
+    if positions and longest > positions:
+        raise FormatError(
+            f"{folder}: has windows of {longest} tokens, the student {positions} positions; capture shorter ones"
+        )
+    if len(capture) < wish.batch:
+        raise FormatError(
+            f"{folder}: {len(capture)} windows, less than one batch of {wish.batch}; take a smaller --batch"
+        )
+    head = int(student.config["vocab_size"])
+    if capture.vocab > head:
+        raise FormatError(f"{folder}: was captured over {capture.vocab} tokens, the student's head has {head} rows")
+    text = str(folder.name)
+    return Plan(student, capture, found, wish, objective, capture.vocab, longest, (_parameters(student), 0), None, text)
 
 
 def _open(folder: Path, role: str) -> tuple[Checkpoint, walk.Map]:
@@ -198,42 +248,23 @@ def shared_vocabulary(student: Checkpoint, teacher: Checkpoint) -> int:
 
     FormatError names the first token that differs, or the tokenizer that is missing or larger than its head.
     """
-    files = [source.path / "tokenizer.json" for source in (student, teacher)]
-    for path, role in zip(files, ("student", "teacher"), strict=True):
-        if not path.is_file():
-            raise FormatError(f"{path}: not there; whether ids of the {role} mean the same needs its tokenizer.json")
     heads = [int(source.config["vocab_size"]) for source in (student, teacher)]
-    tables = [_tokens(path) for path in files]
-    if tables[0] is None or tables[1] is None:  # of text this could be nothing, but data may be ids
-        if files[0].read_bytes() == files[1].read_bytes():
+    files = [source.path / vocabulary.FILE for source in (student, teacher)]
+    try:
+        ours, theirs = (Words.of(source.path) for source in (student, teacher))
+    except FormatError:
+        # Text could not be read with it, but data may be ids, and the same file is the same tokenizer.
+        if all(path.is_file() for path in files) and files[0].read_bytes() == files[1].read_bytes():
             return min(heads)
-        broken = files[0] if tables[0] is None else files[1]
-        raise FormatError(f"{broken}: not a tokenizer; take the model's own")
-    count = min(max(table, default=-1) + 1 for table in tables)
-    for number in range(count):
-        ours, theirs = tables[0].get(number), tables[1].get(number)
-        if ours != theirs:
+        raise
+    theirs.must_agree(ours)
+    count = min(len(ours), len(theirs))
+    for words, head in ((ours, heads[0]), (theirs, heads[1])):
+        if count > head:
             raise FormatError(
-                f"{student.path}: student and teacher have different tokenizers: id {number} is {ours!r} here and {theirs!r} "
-                f"in {teacher.path}; distilling compares probabilities of the same tokens, take a teacher of the same family"
-            )
-    for table, head, path in zip(tables, heads, files, strict=True):
-        if max(table) >= head and count > head:
-            raise FormatError(
-                f"{path}: has id {max(table)}, the model's head has {head} rows; it belongs to another model"
+                f"{words.path}: {len(words)} tokens, the model's head has {head} rows; it belongs to another model"
             )
     return count
-
-
-def _tokens(path: Path) -> dict[int, str] | None:
-    """id -> token; None for a file that is no tokenizer."""
-    from tokenizers import Tokenizer
-
-    try:
-        words = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception:  # the library raises plain Exception
-        return None
-    return {number: word for word, number in words.items()} or None
 
 
 def _pairs(text: str, student: Checkpoint, teacher: Checkpoint) -> tuple[tuple[int, int], ...]:

@@ -70,12 +70,17 @@ def write_card(folder: Path, done: Mapping[str, Any], planned: Plan) -> None:
 
 
 def _card(done: Mapping[str, Any], planned: Plan) -> str:
-    base, parent = (source.path.resolve().name for source in (planned.student, planned.teacher))
+    base, parent = (folder.resolve().name for folder in (planned.student.path, planned.reference))
+    count = f" ({planned.parameters[1]:,} parameters)" if planned.parameters[1] else ", of which a capture was read"
     licence = report.Licence.of(planned.student.path)
     wish, data, cut = planned.wish, done["data"], pruning_of(planned.student)
-    terms = {"fkl": "forward KL", "rkl": "reverse KL", "jsd": f"generalised JSD, beta {wish.beta:g}", "none": ""}[
-        wish.loss
-    ]
+    terms = {
+        "fkl": "forward KL",
+        "rkl": "reverse KL",
+        "jsd": f"generalised JSD, beta {wish.beta:g}",
+        "none": "",
+        "topk": "KL of the kept tokens and the rest",
+    }[planned.objective.kind]
     losses = [f"{terms} at temperature {wish.temperature:g}"] if terms else []
     losses += [f"{wish.hard:g} x cross-entropy"] if wish.hard else []
     losses += [f"{wish.hidden_weight:g} x {wish.hidden} of hidden states"] if wish.hidden else []
@@ -88,9 +93,9 @@ def _card(done: Mapping[str, Any], planned: Plan) -> str:
         f"# {base}, distilled from {parent}",
         "",
         f"`{base}` ({planned.parameters[0]:,} parameters) was trained by percard {done['versions']['percard']} towards its teacher "
-        f"`{parent}` ({planned.parameters[1]:,} parameters).",
+        f"`{parent}`{count}.",
         *([f"Licence of the student: {licence}."] if str(licence) else []),
-        *([f"Licence of the teacher: {words}."] if (words := str(report.Licence.of(planned.teacher.path))) else []),
+        *([f"Licence of the teacher: {words}."] if (words := str(report.Licence.of(planned.reference))) else []),
         "",
         f"- loss: {' + '.join(losses)}",
         f"- tokens: {done['trained_tokens']:,} in {done['steps']:,} steps of {wish.batch} windows of {data['window']}",

@@ -16,10 +16,16 @@ from . import console
 
 def distill(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Folder of a 16-bit checkpoint, or a hub id.")],
-    teacher: Annotated[str, typer.Option(help="Folder or hub id of what it learns from; the same tokenizer.")],
-    data: Annotated[str, typer.Option(help="Text to train on: .jsonl, a text file, hf:NAME.")],
+    teacher: Annotated[
+        str, typer.Option(help="Folder or hub id of what it learns from, or a folder of percard capture.")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Text to train on: .jsonl, a text file, hf:NAME. A capture brings its own.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
-    loss: Annotated[str, typer.Option(help="fkl, rkl, jsd, or none for hard labels alone.")] = "fkl",
+    loss: Annotated[
+        str | None, typer.Option(help="fkl (default), rkl, jsd, none: hard labels alone. Of a capture: topk.")
+    ] = None,
     beta: Annotated[float, typer.Option(help="Of jsd: 0 is forward KL, 1 reverse KL.")] = 0.5,
     temperature: Annotated[float, typer.Option(help="Of both distributions; the loss is times its square.")] = 1.0,
     hard: Annotated[float, typer.Option(help="Weight of the text's own tokens (cross-entropy) beside it.")] = 0.0,
@@ -145,10 +151,11 @@ def words(done: Mapping[str, Any], out: Path | None) -> list[Any]:
     """What was trained, or would be, for people."""
     sizes, wish = done["parameters"], done["wish"]
     length = "once through the text" if done["steps"] is None else f"{done['steps']:,} steps"
+    theirs = f"{sizes['teacher']:,}" if sizes["teacher"] else "captured"
     batch = f"{wish['batch']} x {done['window']} tokens"
     parts: list[Any] = [
-        f"student {sizes['student']:,} parameters, teacher {sizes['teacher']:,}; {done['vocab']:,} tokens in common",
-        f"{wish['loss']}, {length} of {batch}, learning rate {wish['lr']:g}, text {done['text']}",
+        f"student {sizes['student']:,} parameters, teacher {theirs}; {done['vocab']:,} tokens in common",
+        f"{done['loss']}, {length} of {batch}, learning rate {wish['lr']:g}, text {done['text']}",
     ]
     if "curve" not in done:
         need = done["memory"]
