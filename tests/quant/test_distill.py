@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 from percard.formats.checkpoint import Checkpoint
 from percard.formats.spec import FormatError
-from percard.quant import distill, distill_data, distill_losses, distill_report, distill_state, distill_train
+from percard.quant import capture, distill, distill_data, distill_losses, distill_report, distill_state, distill_train
 from percard.quant.distill_losses import Dense, Objective, TopK, distill_objective, divergence, topk_divergence
 from percard.quant.distill_plan import Refused, Wish, plan
 from percard.quant.distill_train import Diverged, Schedule
 
+from .test_capture import with_tokenizer
 from .test_resume import with_text
 
 Tiny = Callable[..., Path]
@@ -259,6 +260,33 @@ def test_two_processes_give_the_curve_of_one(tiny: Tiny, tmp_path: Path) -> None
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-4)
     one, two = (Checkpoint.open(tmp_path / name) for name in ("one", "two"))
     assert one.names == two.names and not (tmp_path / "two" / ".percard-work").exists()
+
+
+def test_a_capture_stands_in_for_the_teacher(tiny: Tiny, tmp_path: Path) -> None:
+    student, teacher = models(tiny)
+    for folder in (student, teacher):
+        with_tokenizer(folder, 96)
+    text, cache = student / "calibration.jsonl", tmp_path / "cache"
+    capture.run(capture.plan(teacher, str(text), top_k=96, seq_len=32), cache)
+    asked = wish(student, steps=4)
+    distill.run(student, teacher, tmp_path / "live", asked)
+    found = dataclasses.replace(asked, data=None)
+    distill.run(student, cache, tmp_path / "kept", found)
+    # The whole vocabulary is kept, so it is forward KL; fp16 rounds a log-probability of 4 to 8 by 2^-9 at most, which the loss
+    # is off by where all are rounded one way, and as much again through the steps before.
+    assert curve(tmp_path / "kept") == pytest.approx(curve(tmp_path / "live"), abs=2**-8)
+    assert json.loads((tmp_path / "kept" / distill_report.NAME).read_text())["loss"] == "topk"
+    for over, words in (
+        ({"data": str(text)}, "brings its own text"),
+        ({"loss": "rkl"}, "it serves topk"),
+        ({"temperature": 2.0}, "holds temperature 1"),
+        ({"hidden": "mse", "hidden_blocks": "1"}, "has no hidden states"),
+        ({"batch": 13}, "12 windows, less than one batch of 13"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            plan(student, cache, dataclasses.replace(found, **over))
+    with pytest.raises(FormatError, match="give the folder of a capture"):
+        plan(student, teacher, dataclasses.replace(asked, loss="topk"))
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
