@@ -102,9 +102,13 @@ def run(
             "curve": distill_report.thinned(curve),
             "versions": report.versions(),
         }
-        if measure is not None and not isinstance(planned.teacher, Capture):
+        if measure is not None and isinstance(planned.teacher, Capture):
+            done["warnings"].append(
+                "the held-out text was not measured: a capture cannot say what it thinks of another text"
+            )
+        elif measure is not None:
             pairs = {"before": planned.student.path, "after": out.folder}
-            done["quality"] = {name: measure(folder, planned.teacher.path) for name, folder in pairs.items()}
+            done["quality"] = {name: measure(folder, planned.reference) for name, folder in pairs.items()}
         note = distill_report.draw(curve, out.folder / distill_report.PICTURE)
         done["warnings"] += [note] if note else []
         output.write(out.folder / distill_report.NAME, json.dumps(done, indent=1, ensure_ascii=False) + "\n")

@@ -104,6 +104,7 @@ DISTILL = """Train the checkpoint STUDENT to say what a teacher says; OUT is an 
   percard distill out/child --teacher ./Qwen3-8B --data mix.jsonl --tokens 2.5e9 --batch 768 --lr 1e-4 --out out/student
   percard distill out/child --teacher ./Qwen3-8B --data mix.jsonl --text held.txt --out out/student    KL before and after
   percard distill out/child --teacher T --data F --hidden cosine --hidden-blocks 7,15 --out out/student
+  percard distill out/child --teacher out/capture --out out/student               from what percard capture wrote down
   torchrun --nproc-per-node 8 -m percard distill out/child --teacher T --data F --out out/student      split by FSDP2
 
 Losses: fkl (forward KL, the default), rkl, jsd with --beta, --hard W times cross-entropy beside it, hidden states. Both models
