@@ -235,16 +235,20 @@ def heuristic(shape: Shape, card: Card) -> Config:
     """128 rows of 8 warps; 64 rows of heads beyond 128 numbers, of fp32, and where there are no more.
 
     64 keys in 3 stages where warpgroups multiply; 32 in 4 where warps do (mma.sync), with 64 they spill up to 88 bytes; and of
-    pages smaller than that, whose ids take registers too, and of softcap.
+    pages smaller than that, whose ids take registers too, and of softcap. Quantised pages of 16 leave 128 rows too few
+    registers where warps multiply (up to 216 bytes spilled at 7 heads a group), 64 enough, and fewer instructions a weight; of
+    4 bits and padded heads, 16 keys at a time.
     """
     spec = parse_form(shape.form).spec
     rows, wide = shape.q_len * shape.heads // shape.kv_heads, triton.next_power_of_2(shape.size)
     whole = 4 if shape.dtype == torch.float32 else 2
     k_row = wide * whole if spec.k_bits == 16 else max(32, wide * spec.k_bits // 8)
     v_row = wide * whole if spec.v_bits == 16 or shape.given else max(32, wide * spec.v_bits // 8)
-    small = wide > 128 or whole == 4 or rows <= 64
+    tight = spec.quantised and shape.page < 32 and not warpgroups(card)
+    narrow = tight and spec.k_bits == 4 and wide != shape.size
+    small = wide > 128 or whole == 4 or rows <= 64 or (tight and not narrow)
     wide_tile = warpgroups(card) and max(k_row, v_row) <= 256 and shape.page >= 64 and not shape.capped
-    block_m, block_n = 64 if small else 128, 64 if wide_tile else 32
+    block_m, block_n = 64 if small else 128, 64 if wide_tile else 16 if narrow and not small else 32
     buffers = (card.shared_bytes - block_m * wide * whole) // (block_n * (k_row + v_row + 8))
     return Config(block_m, block_n, 4 if small and wide <= 128 else 8, max(2, min(3 if block_n == 64 else 4, buffers)))
 
