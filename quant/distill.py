@@ -58,6 +58,8 @@ def run(
     """
     out_path = Path(dst)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # whatever the caller is in: this trains
+        stack.enter_context(torch.enable_grad())
         group = stack.enter_context(processes(wish.device))
         planned = plan(student, teacher, wish)
         if planned.question and not yes:

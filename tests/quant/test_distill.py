@@ -200,6 +200,16 @@ def test_checkpointing_parts_and_bf16_change_no_curve(tiny: Tiny, tmp_path: Path
     assert curve(tmp_path / "a") == pytest.approx(curve(tmp_path / "c"), rel=2**-5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_does_not_matter(tiny: Tiny, tmp_path: Path, mode: Any) -> None:
+    student, teacher = models(tiny)
+    asked = wish(student, steps=2)
+    distill.run(student, teacher, tmp_path / "plain", asked)
+    with mode():
+        distill.run(student, teacher, tmp_path / "within", asked)
+    assert curve(tmp_path / "plain") == curve(tmp_path / "within")
+
+
 def test_a_killed_run_repeats_its_curve(tiny: Tiny, tmp_path: Path) -> None:
     student, teacher = models(tiny)
     asked = wish(student, steps=7)
