@@ -89,7 +89,8 @@ def cell(
         yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": told}
         return
     with torch.inference_mode():
-        yield _time(rows, pages, table, body, rounds, roof or {})
+        row = _time(rows, pages, table, body, rounds, roof or {})
+    yield row  # outside: the caller is not to run in that mode
 
 
 def _time(

@@ -65,7 +65,8 @@ def cell(
         yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
         return
     with torch.inference_mode():
-        yield _time(model, spec, tokens, where, rounds, seed, roof or {})
+        row = _time(model, spec, tokens, where, rounds, seed, roof or {})
+    yield row  # outside: the caller is not to run in that mode
 
 
 def gate(model: str, spec: str, tokens: int, device: str, seed: int) -> list[str]:

@@ -141,7 +141,8 @@ def time_case(
         yield _red(faults)
         return
     with torch.inference_mode():
-        yield _time(ops, problem, where, impl, rounds, seed, roof or {}, with_rivals)
+        row = _time(ops, problem, where, impl, rounds, seed, roof or {}, with_rivals)
+    yield row  # outside: the caller is not to run in that mode
 
 
 def gate(ops: Sequence[Op], problem: Case, device: str, impl: str | None, seed: int) -> list[str]:
