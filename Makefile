@@ -1,7 +1,7 @@
 # Each target does its own set-up in .venv, once; a stamp file remembers it. Nothing is installed outside this folder.
 #
 #   make demo        quantise the small model, gate its quality, time Qwen3-0.6B shapes, one table     (8 min, 2 cores)
-#   make test        everything that needs no card                                                    (12 min, 2 cores)
+#   make test        everything that needs no card                                                    (14 min, 2 cores)
 #   make test-full   the whole product of cases                                                       (75 min, 2 cores)
 #   make test-gpu    conformance of every Triton body on the card that is there
 #   make inspect-page  writes docs/inspect.md: what the compiler makes of the kernels, no card needed
