@@ -27,6 +27,7 @@ from .ratios import Point
 PROMPT = 512
 
 
+@torch.inference_mode()  # which it leaves wherever it yields
 def cell(
     source: str,
     spec: str | None,
@@ -68,20 +69,19 @@ def cell(
     sides |= {f"{name}, {cache} cache": sides[name].with_kv(cache) for cache in kv}
     row = functools.partial(_row, name=name, sides=sides, roof=roof or {}, layers=layers)
     points: dict[str, list[Point]] = {}
-    with torch.inference_mode():
-        times = _prefill(prompted, prompt, where, rounds)
-        yield row(f"pp{prompt}.b1", "prefill", 1, prompt, times) | {"part": f"pp{prompt}.b1"}
-        for batch in batches:
-            seen = _decode(sides, batch, depth, where, rounds)
-            for side, sample in seen.items():
-                rates = tuple(batch / t for t in sample.samples)
-                points.setdefault(side, []).append(Point(batch, rates, tpot_s=sample.median, run=f"b{batch}"))
-            for side in sorted((n for n in sides if n != "baseline"), key=lambda n: n == name):
-                last = batch == batches[-1] and side == name
-                made = row(f"tg.d{depth}.b{batch}", "decode", batch, depth, seen, name=side)
-                if batch == batches[-1]:
-                    made["tokens"]["vs_fp16"] |= _over_batches(points, sides, side, depth, where)
-                yield made if last else made | {"part": f"{side} b{batch}"}
+    times = _prefill(prompted, prompt, where, rounds)
+    yield row(f"pp{prompt}.b1", "prefill", 1, prompt, times) | {"part": f"pp{prompt}.b1"}
+    for batch in batches:
+        seen = _decode(sides, batch, depth, where, rounds)
+        for side, sample in seen.items():
+            rates = tuple(batch / t for t in sample.samples)
+            points.setdefault(side, []).append(Point(batch, rates, tpot_s=sample.median, run=f"b{batch}"))
+        for side in sorted((n for n in sides if n != "baseline"), key=lambda n: n == name):
+            last = batch == batches[-1] and side == name
+            made = row(f"tg.d{depth}.b{batch}", "decode", batch, depth, seen, name=side)
+            if batch == batches[-1]:
+                made["tokens"]["vs_fp16"] |= _over_batches(points, sides, side, depth, where)
+            yield made if last else made | {"part": f"{side} b{batch}"}
 
 
 def _over_batches(

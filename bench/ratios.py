@@ -254,6 +254,21 @@ def words(found: Mapping[str, Any] | None) -> str:
     return f"{found['ratio']:.2f} x [{lo:.2f}, {hi:.2f}] ({found['batch']} / {found['batch_fp16']}){sign}"
 
 
+def cell(found: Mapping[str, Any] | None, numbers: dict[str, int]) -> str:
+    """The same for a narrow column: "1.82 [1.79, 1.85] 16/4", a star where a batch was capped, or the number of a footnote.
+
+    `numbers` holds the reasons so far and gets new ones.
+    """
+    if not found:
+        return "-"
+    if found.get("ratio") is None:
+        why = str(found.get("reason") or "not measured").replace("_", " ")
+        return f"- [{numbers.setdefault(why, len(numbers) + 1)}]"
+    lo, hi = found["ci95"]
+    star = "*" if found.get("reason") else ""
+    return f"{found['ratio']:.2f} [{lo:.2f}, {hi:.2f}] {found['batch']}/{found['batch_fp16']}{star}"
+
+
 def _at(points: Sequence[Point], batch: int, run: str | None = None) -> Point | None:
     """The point at `batch`: the one of `run`, else the last one."""
     found = [point for point in points if point.batch == batch]

@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from . import model_ratios, report_caches
+from . import model_ratios, ratios, report_caches
 from .ratios import Bound
 from .record import Record
 
@@ -68,7 +68,7 @@ def three(records: Sequence[Record]) -> Lines:
         assert r.tokens is not None
         versus = r.tokens["vs_fp16"]
         gate = (r.quality or {}).get("gate", "none")
-        lines.rows.append((*_name(r)[:2], gate, _of(r), *(_ratio(versus.get(way), numbers) for way in _WAYS)))
+        lines.rows.append((*_name(r)[:2], gate, _of(r), *(ratios.cell(versus.get(way), numbers) for way in _WAYS)))
     lines.notes = [f"[{number}] {why}" for why, number in numbers.items()]
     lines.notes.append(
         "a/b: batch of this side / batch of FP16; [lo, hi]: 95 % interval over rounds; tg: steps, mix: the whole"
@@ -89,17 +89,6 @@ def three(records: Sequence[Record]) -> Lines:
 def _of(record: Record) -> str:
     """What is compared, without model and batch: "tg32.d512", "mix512x32"."""
     return record.case.split(".model.")[-1].rsplit(".b", 1)[0]
-
-
-def _ratio(found: Mapping[str, Any] | None, numbers: dict[str, int]) -> str:
-    if not found:
-        return "-"
-    if found.get("ratio") is None:
-        why = str(found.get("reason") or "not measured").replace("_", " ")
-        return f"- [{numbers.setdefault(why, len(numbers) + 1)}]"
-    lo, hi = found["ci95"]
-    star = "*" if found.get("reason") else ""
-    return f"{found['ratio']:.2f} [{lo:.2f}, {hi:.2f}] {found['batch']}/{found['batch_fp16']}{star}"
 
 
 def _title(shown: Sequence[Record]) -> str:

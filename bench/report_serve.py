@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import ratios
 from .record import Record
 from .report_ratios import Lines
 
@@ -77,14 +78,16 @@ def _ratios(records: Sequence[Record]) -> Lines:
         if r.tokens and (_side(r) not in last or r.shape["batch"] > last[_side(r)].shape["batch"]):
             last[_side(r)] = r
     numbers: dict[str, int] = {}
-    stars: set[str] = set()
+    capped = False
     for side, r in last.items():
         assert r.tokens is not None
         versus, memory = r.tokens.get("vs_fp16") or {}, r.memory or {}
         price = ((r.money or {}).get("usd_per_mtok") or {}).get("out")
         joules = (r.energy or {}).get("j_per_out_token") if (r.energy or {}).get("power_valid") else None
         gate = (r.quality or {}).get("gate", "none")
-        cells = [_ratio(versus.get(way), numbers, stars) for way in _WAYS]
+        found = [versus.get(way) or {} for way in _WAYS]
+        cells = [ratios.cell(one, numbers) for one in found]
+        capped |= any(one.get("ratio") is not None and one.get("reason") for one in found)
         if side[0] == "FP16" and side[1] == "16bit":
             cells = [
                 "1",
@@ -103,7 +106,8 @@ def _ratios(records: Sequence[Record]) -> Lines:
     lines.rows = [tuple(row[i] for i in kept) for row in lines.rows]
     first = records[0]
     lines.notes = [f"[{n}] {why}" for why, n in numbers.items()]
-    lines.notes += [f"* {words}" for words in sorted(stars)]
+    if capped:
+        lines.notes.append("* batch capped: the largest measured is still inside the bound, or less than what fits")
     lines.notes.append(
         "a/b: batch of this side / of FP16; [lo, hi]: 95 % interval over rounds; fits: sequences of mean length"
     )
@@ -123,19 +127,6 @@ def _reasons(records: Sequence[Record]) -> list[str]:
     """What red gates say."""
     found = {_side(r): r.quality for r in records if (r.quality or {}).get("gate") == "red"}
     return [f"{' '.join(side)}: gate red: {'; '.join((q or {}).get('reasons') or [])}" for side, q in found.items()]
-
-
-def _ratio(found: Mapping[str, Any] | None, numbers: dict[str, int], stars: set[str]) -> str:
-    if not found:
-        return "-"
-    if found.get("ratio") is None:
-        why = str(found.get("reason") or "not measured").replace("_", " ")
-        return f"- [{numbers.setdefault(why, len(numbers) + 1)}]"
-    lo, hi = found["ci95"]
-    if found.get("reason"):
-        stars.add("batch capped: the largest measured is still inside the bound, or less than what fits")
-    star = "*" if found.get("reason") else ""
-    return f"{found['ratio']:.2f} [{lo:.2f}, {hi:.2f}] {found['batch']}/{found['batch_fp16']}{star}"
 
 
 def _side(r: Record) -> tuple[str, str]:

@@ -52,10 +52,7 @@ class Teacher:
     def open(cls, folder: str | os.PathLike[str]) -> Teacher:
         """FormatError for a checkpoint that the blocks here do not know, is quantised, or has another model's tokenizer."""
         source = Checkpoint.open(Path(folder))
-        infos = source.tensors
-        found = walk.survey(
-            source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, str(folder)
-        )
+        found = walk.of(source)
         words = Words.of(source.path)
         rows = int(source.config["vocab_size"])
         if len(words) > rows:

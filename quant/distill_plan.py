@@ -234,9 +234,7 @@ def _open(folder: Path, role: str) -> tuple[Checkpoint, walk.Map]:
     source = Checkpoint.open(folder)
     if any(source.config.get(k) is not None for k in ("quantization_config", "compression_config")):
         raise FormatError(f"{folder}: the {role} is quantised; give the 16-bit checkpoint, quantise the student after")
-    infos = source.tensors
-    shapes, dtypes = {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}
-    return source, walk.survey(source.config, shapes, dtypes, str(folder))
+    return source, walk.of(source)
 
 
 def _parameters(source: Checkpoint) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if good < len(text):
         os.truncate(path, good)
     return lines
+
+
+def stretches(names: Iterable[str], size_of: Callable[[str], int], limit: int) -> list[list[str]]:
+    """`names` in order, cut behind the first of them with which a stretch is above `limit` bytes."""
+    found: list[list[str]] = []
+    size = limit + 1
+    for name in names:
+        if size > limit:
+            found.append([])
+            size = 0
+        found[-1].append(name)
+        size += size_of(name)
+    return found
 
 
 def source_mark(source: Checkpoint) -> str:

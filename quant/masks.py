@@ -25,12 +25,12 @@ from .methods import sparse
 from .methods.sparse import Pattern
 from .output import Output
 from .progress import Callback, Meter
+from .prune import REPORT, finite
 from .prune_scores import Chain
 from .text import Calibration
 from .walk import Linear, Map
 
 FILE = "masks.safetensors"
-REPORT = "prune.json"
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,7 @@ def run(
     """Masks `src` into the new folder `dst`; the report, which lies there as prune.json. Starts over when it was killed."""
     source, out_path = Checkpoint.open(Path(src)), Path(dst)
     output.refuse(source.path, out_path, force)
-    infos, where = source.tensors, str(source.path)
-    found = walk.survey(
-        source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
-    )
+    found, where = walk.of(source), str(source.path)
     linears = [x for x in found.linears if x.block is not None]
     for x in linears:
         if not wish.pattern.fits(x.shape[1]):
@@ -120,7 +117,7 @@ def _write(
 
         if windows is None:
             for x in linears:
-                weight = _finite(source, x.tensor)
+                weight = finite(source, x.tensor).float()
                 mask = sparse.magnitude(weight, wish.pattern)
                 put(x, weight.masked_fill(mask, 0.0), mask)
         else:
@@ -186,7 +183,7 @@ def _by_blocks(
         new: dict[str, torch.Tensor] = {}
         for x in mine:
             found = seen[first[_input(x)]]
-            weight = _finite(chain.source, x.tensor)
+            weight = finite(chain.source, x.tensor).float()
             if found.gram is None or found.tokens == 0:  # wanda, and an expert that no token reached
                 mask = sparse.wanda(weight, (found.squares / max(found.tokens, 1)).float(), wish.pattern)
                 weight = weight.masked_fill(mask, 0.0)
@@ -201,15 +198,6 @@ def _by_blocks(
         if here is not None:
             chain.drop(here)
         here = then
-
-
-def _finite(source: Checkpoint, name: str) -> torch.Tensor:
-    weight = source.read(name).float()
-    if not bool(torch.isfinite(weight).all()):
-        raise FormatError(
-            f"{source.info(name).file}: tensor {name} holds NaN or Inf; repair the source or download it again"
-        )
-    return weight
 
 
 def _packed(masks: dict[str, tuple[np.ndarray, tuple[int, int]]]) -> bytes:

@@ -39,10 +39,7 @@ class Pair:
     def open(cls, dst: str | os.PathLike[str], src: str | os.PathLike[str], said: Report | None = None) -> Pair:
         """FormatError when one of them cannot be read. `said`: the report of `dst` while it is not in its folder yet."""
         source, made = Checkpoint.open(Path(src)), Checkpoint.open(Path(dst))
-        infos, where = source.tensors, str(source.path)
-        found = walk.survey(
-            source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
-        )
+        found, where = walk.of(source), str(source.path)
         note, file = "", made.path / report.REPORT_NAME
         if said is None and file.is_file():
             try:

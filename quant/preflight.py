@@ -161,11 +161,7 @@ class Preflight:
 def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Preflight:
     """Looks at everything that can be known before work starts. FormatError or RecipeError for input that is wrong."""
     source = Checkpoint.open(src)
-    infos = source.tensors
-    where = str(source.path)
-    found = walk.survey(
-        source.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, where
-    )
+    found = walk.of(source)
     assignment = walk.assign(found, recipe)
     plan = _tensors(source, found, assignment)
     output = sum(nbytes_of(kind, shape) for kind, shape in plan.values())

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..formats.checkpoint import Writer
+from ..formats.checkpoint import Checkpoint, Writer
 from ..formats.spec import FormatError
-from . import output, prune_check, report, walk
-from .journal import NAME, Journal, machine, source_mark
+from . import output, prune_check, report
+from .journal import NAME, Journal, machine, source_mark, stretches
 from .methods import depth, width
 from .output import Output
 from .progress import Callback, Meter
@@ -174,11 +174,8 @@ def _keep(planned: Plan, layers: tuple[int, ...], scores: Mapping[str, torch.Ten
             return torch.rand(count, generator=generator, dtype=torch.float64)
         return scores[name]
 
-    sparse = {
-        i
-        for i in layers
-        if any(walk.block_of(planned.found, n) == i and ".mlp.experts." in n for n in _linears(planned, i))
-    }
+    mixtures = {x.block for x in planned.found.linears if ".mlp.experts." in x.name}
+    sparse = {i for i in layers if i in mixtures}
     hidden = width.top(score("hidden", sizes.hidden), given.hidden) if "hidden" in cuts else None
     ffn = {i: width.top(score(f"ffn.{i}", sizes.ffn), given.ffn) for i in layers if "ffn" in cuts and i not in sparse}
     query, kv = {}, {}
@@ -200,10 +197,6 @@ def _keep(planned: Plan, layers: tuple[int, ...], scores: Mapping[str, torch.Ten
     return Keep(layers, hidden, ffn, query, kv, experts, inner)
 
 
-def _linears(planned: Plan, block: int) -> list[str]:
-    return [x.name for x in planned.found.linears if x.block == block]
-
-
 # Slicing ------------------------------------------------------------------------------------------------------------
 
 
@@ -213,14 +206,7 @@ def _slice(planned: Plan, child: Child, out: Output, journal: Journal, progress:
     shapes: dict[str, Shape] = {n: i.shape for n, i in source.tensors.items()}
     cuts = dict(child.tensors(shapes))
     tensors = {cut.name: (source.info(name).dtype, cut.shape(shapes[name])) for name, cut in cuts.items()}
-    units: list[list[str]] = [[]]
-    size = 0
-    for name in cuts:
-        if size > UNIT:
-            units.append([])
-            size = 0
-        units[-1].append(name)
-        size += source.info(name).nbytes
+    units = stretches(cuts, lambda name: source.info(name).nbytes, UNIT)
     finished = {e["unit"] for e in journal.entries}
     done = [cuts[n].name for number, names in enumerate(units) for n in names if f"slice {number}" in finished]
     meter = Meter("slice", sum(source.info(n).nbytes for n in cuts), progress)
@@ -230,13 +216,7 @@ def _slice(planned: Plan, child: Child, out: Output, journal: Journal, progress:
                 meter.skip(sum(source.info(n).nbytes for n in names))
                 continue
             for name in names:
-                cut = cuts[name]
-                tensor = source.read(name)
-                if not bool(torch.isfinite(tensor).all()):
-                    raise FormatError(
-                        f"{source.info(name).file}: tensor {name} holds NaN or Inf; repair the source or download it again"
-                    )
-                writer.add(cut.name, cut.apply(tensor))
+                writer.add(cuts[name].name, cuts[name].apply(finite(source, name)))
                 meter.add(source.info(name).nbytes, name)
             writer.sync()
             journal.add({"unit": f"slice {number}"})
@@ -272,3 +252,13 @@ def _card(done: Mapping[str, Any], planned: Plan) -> str:
         lines.append(f"Checked: {done['check']['words']}.")
     lines += ["", "To know:", "", *(f"- {words}" for words in planned.warnings)] if planned.warnings else []
     return "\n".join(lines) + "\n"
+
+
+def finite(source: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor of the source; FormatError when it holds NaN or Inf."""
+    tensor = source.read(name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise FormatError(
+            f"{source.info(name).file}: tensor {name} holds NaN or Inf; repair the source or download it again"
+        )
+    return tensor

@@ -32,10 +32,7 @@ def check(
     made = Checkpoint.open(folder) if (folder / "config.json").is_file() else None
     if made is None:
         raise FormatError(f"{folder}: holds no config.json; the child was not finished")
-    infos = made.tensors
-    small = walk.survey(
-        made.config, {n: i.shape for n, i in infos.items()}, {n: i.dtype for n, i in infos.items()}, str(folder)
-    )
+    small = walk.of(made)
     ids = torch.randint(0, int(source.config["vocab_size"]), (1, TOKENS), generator=torch.Generator().manual_seed(0))
     meter = Meter("check", len(child.keep.layers), progress, "blocks")
     ours = _logits(
@@ -44,7 +41,7 @@ def check(
     if not bool(torch.isfinite(ours).all()):
         raise FormatError(f"{folder}: the child gives NaN or Inf")
     if child.keep.experts:
-        return {"words": f"{len(infos)} tensors as the config promises; logits finite", "worst": None}
+        return {"words": f"{len(made.names)} tensors as the config promises; logits finite", "worst": None}
     theirs = _logits(source.config, found, masked(source, child), child.keep.layers, ids, str(source.path), None)
     worst = float((ours - theirs).abs().max() / theirs.abs().max())
     if not worst <= WORST:
@@ -52,7 +49,7 @@ def check(
             f"{folder}: the child's logits differ from the source's with the cut parts zeroed by {worst:.2g} of the largest; "
             "this is a bug, please report it"
         )
-    words = f"{len(infos)} tensors as the config promises; logits equal the source's with the cut parts zeroed (off by {worst:.1e} of the largest)"
+    words = f"{len(made.names)} tensors as the config promises; logits equal the source's with the cut parts zeroed (off by {worst:.1e} of the largest)"
     return {"words": words, "worst": worst}
 
 

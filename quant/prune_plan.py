@@ -132,7 +132,7 @@ def plan(src: str | os.PathLike[str], wish: Wish, *, cost: Cost | None = None) -
         raise FormatError(
             f"{where}: source is already quantised; prune the 16-bit checkpoint first, quantise the child after"
         )
-    found = walk.survey(source.config, shapes, {n: i.dtype for n, i in source.tensors.items()}, where)
+    found = walk.of(source)
     sizes = Sizes.of(source.config, where)
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
 

@@ -43,10 +43,10 @@ class Chain:
         self.batch = max(1, TOKENS_AT_ONCE // ids.shape[1])
         self.shape = (ids.shape[0], ids.shape[1], int(source.config["hidden_size"]))
         self._arguments: dict[int, list[dict[str, Any]]] = {}
-        self._first = work / "input.safetensors"
+        self.first = work / "input.safetensors"
         self._counter = itertools.count()
         embedding = self.read("model.embed_tokens.weight")
-        with SpillWriter(self._first, dtype, self.shape) as out:
+        with SpillWriter(self.first, dtype, self.shape) as out:
             for start in range(0, self.shape[0], self.batch):
                 out.add(self.frame.start(ids[start : start + self.batch], embedding)[0])
 
@@ -68,7 +68,7 @@ class Chain:
         at(block) is entered while a block works and may give a function that sees its inputs and outputs. read: other weights than
         the source's.
         """
-        here = start or self._first
+        here = start or self.first
         for place, number in enumerate(numbers):
             block = self.frame.block(number, read or self.read)
             then = self.work / f"after-{next(self._counter)}.safetensors"
@@ -107,7 +107,7 @@ class Chain:
 
     def drop(self, file: Path) -> None:
         """Removes activations that nobody needs any more."""
-        if file != self._first:
+        if file != self.first:
             file.unlink(missing_ok=True)
 
 
@@ -124,7 +124,7 @@ def depth_scores(chain: Chain, kept: Sequence[int], score: str) -> dict[int, flo
 
         chain.drop(chain.run(kept, at=at, label="influence of "))
         return found
-    losses, here = {}, chain._first
+    losses, here = {}, chain.first
     for place, number in enumerate(kept):
         if ENDS <= place < len(kept) - ENDS:
             last = chain.run(kept[place + 1 :], start=here, label=f"without block {number}: ")

@@ -23,7 +23,7 @@ from ..formats import affine, compressed_tensors
 from ..formats.checkpoint import TensorInfo, Writer
 from ..formats.spec import FormatError, QuantSpec
 from . import engines, fidelity, heldout, output, preflight, promote, report, verify, walk
-from .journal import NAME, Journal, machine, source_mark
+from .journal import NAME, Journal, machine, source_mark, stretches
 from .methods import METHODS, autoround
 from .output import Output
 from .progress import Callback, Meter
@@ -121,15 +121,8 @@ def _units(plan: preflight.Preflight) -> list[Unit]:
         (rest if index is None else blocks.setdefault(index, [])).append(name)
     if plan.untied:
         rest.append(HEAD)
-    units: list[list[str]] = [[]]
-    size = 0
-    for name in rest:
-        if size > UNIT:
-            units.append([])
-            size = 0
-        units[-1].append(name)
-        size += _info(plan, name).nbytes
-    parts = [Unit(f"part {i}", tuple(names)) for i, names in enumerate(units) if names]
+    units = stretches(rest, lambda name: _info(plan, name).nbytes, UNIT)
+    parts = [Unit(f"part {i}", tuple(names)) for i, names in enumerate(units)]
     return parts + [Unit(f"block {i}", tuple(blocks[i]), i) for i in sorted(blocks)]
 
 

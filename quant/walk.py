@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError, QuantSpec
 from .recipe import Recipe, RecipeError, compiled
 
@@ -170,6 +171,12 @@ def survey(
     taken = {x.tensor for x in linears}
     others = {name: tuple(shape) for name, shape in shapes.items() if name not in taken}
     return Map(family, tuple(linears), others, _model_dtype(config, [dtypes[x.tensor] for x in linears]), tied)
+
+
+def of(source: Checkpoint) -> Map:
+    """`survey` of an opened checkpoint."""
+    infos = source.tensors.items()
+    return survey(source.config, {n: i.shape for n, i in infos}, {n: i.dtype for n, i in infos}, str(source.path))
 
 
 def assign(found: Map, recipe: Recipe) -> Assignment:

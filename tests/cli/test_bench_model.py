@@ -65,7 +65,7 @@ def test_a_planted_broken_kernel_turns_the_gate_red_and_no_speed_is_told(
 ) -> None:
     planted(rows)
     out = tmp_path / "r.jsonl"
-    given = ("bench", "model", TINY, "--specs", "w8a8,w4a16-g64", "--text", text, "--out", out, *FEW)
+    given = ("bench", "model", TINY, "--specs", "w8a8,w8a16", "--text", text, "--out", out, *FEW)
     ran = percard(*given)
     assert ran.code == 4, ran.err
     found = list(read(out))
@@ -74,7 +74,9 @@ def test_a_planted_broken_kernel_turns_the_gate_red_and_no_speed_is_told(
     assert all(r.tokens is None and r.latency_us is None and r.roofline is None and r.energy is None for r in red)
     why = red[0].quality or {}
     assert "failed its self-test" in why["reasons"][0] if rows == 1 else why["kl"] > 1
-    assert all(r.tokens for r in found if r.scheme["spec"] != "w8a8"), "the other sides are measured"
+    # 8-bit weights pass their gate by far on so few tokens, in every float type; 4-bit ones stand at its edge.
+    others = [r for r in found if r.scheme["spec"] != "w8a8"]
+    assert others and not [(r.case, r.status, r.quality, r.error) for r in others if not r.tokens]
     lines = [line.split() for line in ran.out.splitlines() if line.startswith(" w8a8")]
     assert len(lines) == 1 and lines[0][1] == "red", "only the table with the gate names it"
     assert lines[0][6:11] == ["-"] * 5, "neither rate nor ratio"
