@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -148,48 +149,38 @@ def rates(charts: Sequence[Chart], palette: Palette, where: str) -> Drawing:
 
 
 def depths(chart: Chart, palette: Palette, where: str) -> Drawing:
-    def draw(width: float) -> Figure:
-        figure, (axes,) = style.panels(width, 3.9 if width > 5 else 4.9)
-        points = [p for c in chart.curves for p in c.points]
-        xs = sorted({p.x for p in points})
-        style.log_axis(axes, "x", xs[0], xs[-1], at=xs, words=style.tokens)
-        style.axis(axes, "y", [v for p in points for v in (p.lo, p.hi)])
-        for curve in chart.curves:
-            style.line(axes, curve, palette)
-        axes.set_xlabel("tokens in the cache")
-        axes.set_ylabel("decode, tokens per second")
-        style.title(figure, "Decode over the depth of the cache", chart.title)
-        style.legend(figure, palette, _sides([chart]))
-        return figure
-
-    return Drawing(
-        "depths", "Decode over the depth of the cache", f"Up is better. Bars: slowest and fastest round. {where}.", draw
-    )
+    words = "Decode over the depth of the cache"
+    draw = functools.partial(_over_tokens, chart, palette, words, "decode, tokens per second")
+    return Drawing("depths", words, f"Up is better. Bars: slowest and fastest round. {where}.", draw)
 
 
 def attention(chart: Chart, palette: Palette) -> Drawing:
+    words = "Attention over a cache, the op alone"
+
     def draw(width: float) -> Figure:
-        figure, (axes,) = style.panels(width, 3.7 if width > 5 else 4.6)
-        points = [p for c in chart.curves for p in c.points]
-        xs = sorted({p.x for p in points})
-        style.log_axis(axes, "x", xs[0], xs[-1], at=xs, words=style.tokens)
-        style.axis(axes, "y", [v for p in points for v in (p.lo, p.hi)])
-        for curve in chart.curves:
-            style.line(axes, curve, palette)
-        axes.set_xlabel("tokens in the cache")
-        axes.set_ylabel("time of a call, µs")
-        style.title(figure, "Attention over a cache, the op alone", chart.title)
-        style.legend(figure, palette, _sides([chart]))
+        figure = _over_tokens(chart, palette, words, "time of a call, µs", width)
         for text in figure.legends[0].get_texts():
             text.set_text({"weights": "cache"}.get(text.get_text(), text.get_text()))
         return figure
 
-    return Drawing(
-        "attention",
-        "Attention over a cache, the op alone",
-        f"Down is better. The fastest rival holds keys and values unquantised. Bars: slowest and fastest round. {chart.about['machine']}.",
-        draw,
-    )
+    note = "Down is better. The fastest rival holds keys and values unquantised. Bars: slowest and fastest round."
+    return Drawing("attention", words, f"{note} {chart.about['machine']}.", draw)
+
+
+def _over_tokens(chart: Chart, palette: Palette, words: str, what: str, width: float) -> Figure:
+    """Curves with their bars over the tokens in the cache."""
+    figure, (axes,) = style.panels(width, 3.9 if width > 5 else 4.9)
+    points = [p for c in chart.curves for p in c.points]
+    xs = sorted({p.x for p in points})
+    style.log_axis(axes, "x", xs[0], xs[-1], at=xs, words=style.tokens)
+    style.axis(axes, "y", [v for p in points for v in (p.lo, p.hi)])
+    for curve in chart.curves:
+        style.line(axes, curve, palette)
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel(what)
+    style.title(figure, words, chart.title)
+    style.legend(figure, palette, _sides([chart]))
+    return figure
 
 
 def sizes(chart: Chart, palette: Palette, where: str) -> Drawing:

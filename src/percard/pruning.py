@@ -16,7 +16,7 @@ NAMES = ("layers", "ffn", "heads", "kv_heads", "hidden", "experts", "expert_ffn"
 
 
 def _size(words: str) -> Any:
-    return typer.Option(min=1, help=words, rich_help_panel=None)
+    return typer.Option(min=1, help=words)
 
 
 def prune(

@@ -23,20 +23,13 @@ from percard.formats.spec import FormatError, QuantSpec
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3"
 CPU = torch.device("cpu")
 SHORT = Plan(specs=("w8a8",), batch=2, rounds=2, answers=2, answer_limit=3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def questions() -> Task:
     words = [(" is ", "not"), ("def f(x):\n    ", "return x"), ("for i ", "in"), ("self.", "x")]
     spoken = [Item(i, "class A:\n" + p, e, max_new=3) for i, (p, e) in enumerate(words)]
     return Task("t", (*spoken, Item(9, "if x is ", "None", "choice", ("None", "for"))))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_sixteen_bits_come_first_and_once() -> None:

@@ -25,14 +25,7 @@ from .conftest import Ran
 
 Run = Callable[..., Ran]
 VERBS = ("ops", "attention", "ladder")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -127,12 +127,8 @@ def seed() -> int:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small problems gain nothing from threads, and other tests run beside these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def all_on_one_thread(one_thread: None) -> None:
+    """For every test of a kernel."""
 
 
 @pytest.fixture
