@@ -6,7 +6,6 @@ Anything that this engine would run wrongly is refused with the list of what it 
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,15 +135,10 @@ class Config:
 
 def shape_names() -> list[str]:
     """Names that `shape:<name>` knows: the configurations shipped beside this package that the engine runs."""
-    return list(_shape_names())
-
-
-@functools.cache
-def _shape_names() -> tuple[str, ...]:
     kinds = {
         path.stem: json.loads(path.read_text(encoding="utf-8")).get("model_type") for path in SHAPES.glob("*.json")
     }
-    return tuple(sorted(name for name, kind in kinds.items() if kind in MODEL_TYPES))
+    return sorted(name for name, kind in kinds.items() if kind in MODEL_TYPES)
 
 
 def load_config(source: str | Path) -> Config:
