@@ -29,6 +29,8 @@ from ..kernels.attention_decode import attention_decode
 from ..kernels.attention_decode import cases as attention_decode_cases
 from ..kernels.attention_prefill import attention_prefill
 from ..kernels.attention_prefill import cases as attention_prefill_cases
+from ..kernels.distill_loss import cases as distill_loss_cases
+from ..kernels.distill_loss import distill_loss
 from ..kernels.gather_dequantize import cases as gather_dequantize_cases
 from ..kernels.gather_dequantize import gather_dequantize
 from ..kernels.kv_append import cases as kv_append_cases
@@ -71,6 +73,7 @@ OPS: dict[str, tuple[Op, ModuleType]] = {
         (attention_decode, attention_decode_cases),
         (attention_prefill, attention_prefill_cases),
         (gather_dequantize, gather_dequantize_cases),
+        (distill_loss, distill_loss_cases),
     )
 }
 _KERNELS = Path(__file__).resolve().parents[1] / "kernels"

@@ -11,10 +11,10 @@ namespace {
 
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"};
 
-#define PERCARD_OPS(isa)                                                                                             \
-    {isa::quantize_rows,    isa::matmul_w8a8,       isa::matmul_w4a16,     isa::matmul_w8a16,      isa::matmul_w4a8, \
-     isa::moe_matmul,       isa::search_scale,      isa::rmsnorm_quantize, isa::silu_mul_quantize, isa::kv_append,   \
-     isa::attention_decode, isa::gather_dequantize, isa::attention_prefill}
+#define PERCARD_OPS(isa)                                                                                              \
+    {isa::quantize_rows,    isa::matmul_w8a8,       isa::matmul_w4a16,      isa::matmul_w8a16,      isa::matmul_w4a8, \
+     isa::moe_matmul,       isa::search_scale,      isa::rmsnorm_quantize,  isa::silu_mul_quantize, isa::kv_append,   \
+     isa::attention_decode, isa::gather_dequantize, isa::attention_prefill, isa::distill_loss}
 #ifdef PERCARD_X86
 constexpr Ops kTables[kIsaCount] = {PERCARD_OPS(scalar), PERCARD_OPS(avx2), PERCARD_OPS(avx_vnni),
                                     PERCARD_OPS(avx512_vnni), PERCARD_OPS(amx_int8)};

@@ -203,6 +203,31 @@ void attention_prefill(const std::array<Address, 15>& pointers, const std::array
                              static_cast<float>(softcap)});
 }
 
+void distill_loss(Address z_s, Address weight, Address z_t, Address ids, Address logp, Address log_rest, Address labels,
+                  Address loss, int64_t n, int64_t v, int64_t vocab, int64_t k, int64_t stride_s, int64_t stride_t,
+                  int s_dtype, int t_dtype, int kind, float beta, float t, float hard) {
+    ops().distill_loss({at<void>(z_s),
+                        at<float>(weight),
+                        at<void>(z_t),
+                        at<int32_t>(ids),
+                        at<float>(logp),
+                        at<float>(log_rest),
+                        at<int64_t>(labels),
+                        at<float>(loss),
+                        n,
+                        v,
+                        vocab,
+                        k,
+                        stride_s,
+                        stride_t,
+                        s_dtype,
+                        t_dtype,
+                        kind,
+                        beta,
+                        t,
+                        hard});
+}
+
 int isa_of(const std::string& name) {
     std::string known;
     for (int isa = 0; isa < kIsaCount; ++isa) {
@@ -263,6 +288,9 @@ NB_MODULE(_cpu, module) {
                nogil());
     module.def("attention_prefill", &percard::attention_prefill, "pointers"_a, "sizes"_a, "strides"_a, "form"_a,
                "scale"_a, "softcap"_a, nogil());
+    module.def("distill_loss", &percard::distill_loss, "z_s"_a, "weight"_a, "z_t"_a, "ids"_a, "logp"_a, "log_rest"_a,
+               "labels"_a, "loss"_a, "n"_a, "v"_a, "vocab"_a, "k"_a, "stride_s"_a, "stride_t"_a, "s_dtype"_a,
+               "t_dtype"_a, "kind"_a, "beta"_a, "t"_a, "hard"_a, nogil());
     module.def("search_scale", &percard::search_scale, "w"_a, "out"_a, "n"_a, "k"_a, "stride_wn"_a, "bits"_a, "group"_a,
                "symmetric"_a, "scale_dtype"_a, "norm"_a, nogil());
     module.def("isa", [] { return percard::isa_name(percard::current_isa()); }, "The ISA whose bodies run.");

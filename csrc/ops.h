@@ -207,6 +207,23 @@ struct AttentionPrefill {
     float scale, softcap;
 };
 
+// loss[i] = weight[i] * (t^2 * divergence of z_s[i] from the teacher + hard * cross-entropy of labels[i]); z_s[i]
+// becomes the gradient of that. kernels/distill_loss/__init__.py has the formulas.
+struct DistillLoss {
+    void* z_s;              // s_dtype [n, v], rows stride_s apart
+    const float* weight;    // [n]; 0: the row counts nothing
+    const void* z_t;        // t_dtype [n, >= vocab], rows stride_t apart, or null: ids
+    const int32_t* ids;     // [n, k], distinct; those outside of 0 .. vocab - 1 are left out
+    const float* logp;      // [n, k]
+    const float* log_rest;  // [n]
+    const int64_t* labels;  // [n] or null; outside of 0 .. vocab - 1: none
+    float* loss;            // [n]
+    int64_t n, v, vocab, k, stride_s, stride_t;
+    int s_dtype, t_dtype;
+    int kind;  // 0 forward KL, 1 reverse KL, 2 generalised JSD, 3 kept ids
+    float beta, t, hard;
+};
+
 // The bodies of one ISA.
 struct Ops {
     void (*quantize_rows)(const QuantizeRows&);
@@ -222,6 +239,7 @@ struct Ops {
     void (*attention_decode)(const AttentionDecode&);
     void (*gather_dequantize)(const GatherDequantize&);
     void (*attention_prefill)(const AttentionPrefill&);
+    void (*distill_loss)(const DistillLoss&);
 };
 
 #define PERCARD_DECLARE(isa)                         \
@@ -239,6 +257,7 @@ struct Ops {
     void attention_decode(const AttentionDecode&);   \
     void gather_dequantize(const GatherDequantize&); \
     void attention_prefill(const AttentionPrefill&); \
+    void distill_loss(const DistillLoss&);           \
     }
 PERCARD_DECLARE(scalar)
 PERCARD_DECLARE(avx2)

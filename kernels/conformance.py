@@ -53,7 +53,9 @@ def packed(op: Op, impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return replace(a, k=_twin(a.k), v=_twin(a.v), scales=None if a.scales is None else _twin(a.scales))
         return repack(a, packing) if packing and isinstance(a, QuantTensor) else a
 
-    return tuple(ready(a) for a in args)
+    found = tuple(ready(a) for a in args)
+    in_place = getattr(op.contract, "IN_PLACE", ())
+    return tuple(_twin(a) if i in in_place else a for i, a in enumerate(found))
 
 
 def answer(op: Op, impl: str, args: tuple[Any, ...], run: Run | None = None) -> tuple[torch.Tensor, ...]:

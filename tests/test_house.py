@@ -41,6 +41,7 @@ FULL_OPS = (
     "attention_decode",
     "attention_prefill",
     "gather_dequantize",
+    "distill_loss",
 )
 OFFLINE_OPS = ("search_scale",)  # no Triton body
 EVERY_OP_HAS = ("__init__.py", "contract.py", "reference.py", "cases.py", "README.md", "cpu.cpp")

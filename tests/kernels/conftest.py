@@ -35,7 +35,7 @@ ATTENTION = (
     "gather_dequantize",
     "attention_prefill",
 )  # test_attention.py, test_gather.py
-
+DISTILLING = ("distill_loss",)  # test_distill_loss.py
 
 os.environ.setdefault("PERCARD_TUNED", os.devnull)  # what a developer tuned must not decide what is tested
 
@@ -56,7 +56,7 @@ class Body(NamedTuple):
 def bodies() -> list[Body]:
     """Every body but the references; the C++ body once for each instruction set that this CPU has."""
     found = []
-    for name in OPS + PRODUCERS + ATTENTION:
+    for name in OPS + PRODUCERS + ATTENTION + DISTILLING:
         package = importlib.import_module(f"percard.kernels.{name}")
         the_op, cases = getattr(package, name), importlib.import_module(f"percard.kernels.{name}.cases")
         for body in the_op.bodies:

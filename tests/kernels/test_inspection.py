@@ -28,6 +28,7 @@ OPS = [
     "attention_decode",
     "attention_prefill",
     "gather_dequantize",
+    "distill_loss",
 ]
 FIELDS = [
     "op",
