@@ -158,7 +158,7 @@ def run(
     out_path = Path(dst)
     output.refuse(planned.teacher.source.path, out_path, force)
     with Output(out_path, force, fresh) as out:
-        out.keep = (out.work / NAME).exists()
+        out.keep, out.note = (out.work / NAME).exists(), output.KEPT
         journal = Journal(
             out.work / NAME, mark(planned.teacher, planned.k, planned.shard_tokens, planned.stream.sha256)
         )

@@ -185,7 +185,7 @@ def run(
     out_path = Path(dst)
     output.refuse(planned.teacher.source.path, out_path, force)
     with Output(out_path, force, fresh) as out:
-        out.keep = (out.work / NAME).exists()
+        out.keep, out.note = (out.work / NAME).exists(), output.KEPT
         journal = Journal(out.work / NAME, _mark(planned))
         file = out.folder / FILE
         counts = _write(planned, speak, file, out, journal, progress)

@@ -133,6 +133,7 @@ def _begin(out: Output, planned: Plan, dtype: torch.dtype, group: Processes) -> 
     path = Path(planned.wish.data or "").expanduser()
     stat = path.stat() if path.is_file() else None
     out.keep = out.written = bool(distill_state.states(out.work))
+    out.note = output.KEPT
     Journal(
         out.work / NAME,
         {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ..formats.spec import FormatError
+from . import output
 from .capture_cache import Capture
 from .distill_losses import TopK
 from .distill_models import Batch
@@ -116,6 +118,8 @@ def write(source: str, folder: Path, model_dir: Path, vocab: int, length: int) -
             for part in tally.parts:
                 file.write(part.astype("<i4").tobytes())
             tally.parts.clear()
+        file.flush()
+        os.fsync(file.fileno())
     length = _window(tally, length, text.name, text.nothing(len(tally.sizes)))
     facts = {
         "source": text.name,
@@ -127,7 +131,7 @@ def write(source: str, folder: Path, model_dir: Path, vocab: int, length: int) -
         "windows": tally.total // length,
         "template": tally.template,
     }
-    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    output.write(folder / FACTS, json.dumps(facts))
 
 
 def opened(folder: Path, seed: int) -> TokenData:

@@ -164,17 +164,24 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     """A checkpoint as transformers loads it, on the CPU. FormatError when a weight of the model is not in the files."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise FormatError("distilling runs models through transformers: pip install 'percard[quant]'") from None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=dtype,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # what a verb says about its progress it says itself
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     model, found = loaded
     if found["missing_keys"]:
         raise FormatError(f"{folder}: transformers finds no weight for {sorted(found['missing_keys'])[0]}")

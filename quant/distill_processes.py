@@ -64,7 +64,7 @@ class Processes:
 def processes(where: str | None = None) -> Iterator[Processes]:
     """The processes of this run; `where`: cpu or cuda, by default the card when there is one.
 
-    FormatError when cuda is asked for and there is none, or fewer cards than processes.
+    FormatError when cuda is asked for and there is none, or fewer cards than processes; ConnectionError when one of them died.
     """
     world, rank, local = (
         int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
@@ -88,5 +88,12 @@ def processes(where: str | None = None) -> Iterator[Processes]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(rank, world, device, init_device_mesh(kind, (world,)))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        said = ConnectionError("another process of this run ended; see what it said, and start all of them again")
+        for note in getattr(error, "__notes__", []):
+            said.add_note(note)
+        raise said from error
     finally:
         dist.destroy_process_group()

@@ -9,22 +9,28 @@ reads what another number wrote.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException
 
 from . import output
 from .distill_processes import Processes
 
 CURVE = "curve.jsonl"
 _NAME = re.compile(r"state-(\d{8})")
+_ROOM = 64 << 20  # bytes: a disk with less is full, as far as a tensor goes
 
 
 def prepare(optimiser: torch.optim.Optimizer) -> None:
@@ -56,14 +62,41 @@ def save(folder: Path, step: int, module: nn.Module, optimiser: torch.optim.Opti
         for old in (part, name):
             output.discard(old) if old.exists() else None
     group.wait()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process alone has no process group is no news
-        checkpoint.save(_tree(module, optimiser), checkpoint_id=part, no_dist=group.mesh is None)
+    try:
+        with _as_it_was(part), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process alone has no process group is no news
+            checkpoint.save(_tree(module, optimiser), checkpoint_id=part, no_dist=group.mesh is None)
+    except OSError:
+        if group.first:  # on a full disk it is in the way of everything else
+            output.discard(part)
+        raise
     group.wait()
     if group.first:
         part.rename(name)
         output.sync(folder)
     group.wait()
+
+
+@contextlib.contextmanager
+def _as_it_was(path: Path) -> Iterator[None]:
+    """What went wrong, an interrupt or a full disk, in place of the BaseException that torch wraps around it.
+
+    An OSError names `path`. Bytes that could not be written come from torch as a RuntimeError of its zip file; a write that fails on
+    a disk with room left is an error of that disk.
+    """
+    try:
+        yield
+    except CheckpointException as wrapped:
+        error: BaseException | None = next(iter(wrapped.failures.values()))[0]
+        first = error
+        while error is not None and not isinstance(error, OSError | KeyboardInterrupt):
+            error = error.__context__
+        if error is None and isinstance(first, RuntimeError) and "inline_container" in str(first):
+            code = errno.ENOSPC if shutil.disk_usage(path.parent).free < _ROOM else errno.EIO
+            error = OSError(code, os.strerror(code))
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise (error or first or wrapped) from None
 
 
 def confirm(folder: Path) -> None:
@@ -90,7 +123,7 @@ def restore(folder: Path, module: nn.Module, optimiser: torch.optim.Optimizer, g
     found: str = group.told(states(folder)[-1].name if group.first and states(folder) else "")
     if not found:
         return 0
-    with warnings.catch_warnings():
+    with _as_it_was(folder / found), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint.load(_tree(module, optimiser), checkpoint_id=folder / found, no_dist=group.mesh is None)
     return int(found.removeprefix("state-"))

@@ -19,6 +19,7 @@ from ..formats.spec import FormatError
 WORK = ".percard-work"  # journal and activations, inside the hidden sibling
 FINISHED = ("config.json", "capture.json")  # what a complete output holds one of, written last
 MARKER = ".percard-unfinished"  # formats/checkpoint.py puts it into a folder that it has not finished
+KEPT = "what is finished is kept: the same command goes on, --fresh starts over"
 
 
 def refuse(src: Path, dst: Path, force: bool) -> None:
@@ -51,14 +52,16 @@ def refuse(src: Path, dst: Path, force: bool) -> None:
 class Output:
     """Context manager: `.folder` is where to write, `publish()` gives it its name; leaving without that removes it.
 
-    With `.keep` set, an error of the machine (a full disk, an interrupt) or of arithmetic (a loss that is NaN) leaves it for the next run; an error of the input
-    does not, unless `.written` says that all of it was done by then. `fresh` removes what an earlier run left before the work starts.
+    With `.keep` set, an error of the machine (a full disk, an interrupt, another process that died) or of arithmetic (a loss that
+    is NaN) leaves it for the next run, and `.note` is said beside it; an error of the input does not, unless `.written` says that
+    all of it was done by then. `fresh` removes what an earlier run left before the work starts.
     """
 
     def __init__(self, dst: Path, force: bool = False, fresh: bool = False) -> None:
         self.dst = dst.parent.resolve() / dst.name if dst.name not in ("", "..") else dst.resolve()
         self._force, self._fresh = force, fresh
         self.keep = self.written = False
+        self.note = ""
         self.folder = self.dst.with_name(f".{self.dst.name}.percard-unfinished")
         self.work = self.folder / WORK
         self._old = self.dst.with_name(f".{self.dst.name}.percard-old")
@@ -122,8 +125,9 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        machine = isinstance(error, (OSError, MemoryError, ArithmeticError, KeyboardInterrupt, SystemExit))
-        kept = self.keep and (machine or (self.written and isinstance(error, ValueError)))
+        kept = self.keep and (self.written or not isinstance(error, (ValueError, NotImplementedError)))
+        if error is not None and kept and self.note and not self._published and not isinstance(error, ArithmeticError):
+            error.add_note(self.note)
         if not self._published and not kept:
             if self._lock is not None:
                 with contextlib.suppress(OSError):

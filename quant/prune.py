@@ -57,7 +57,7 @@ def run(
     output.refuse(Path(src), out_path, force)
     planned = plan(src, wish, cost=cost)
     with Output(out_path, force, fresh) as out:
-        out.keep = (out.work / NAME).exists()
+        out.keep, out.note = (out.work / NAME).exists(), output.KEPT
         journal = Journal(out.work / NAME, _fingerprint(planned))
         keep, facts = _choose(planned, out, journal, progress)
         child = Child(planned.found, planned.source.config, planned.sizes, planned.given, keep)

@@ -221,8 +221,11 @@ def _describe_os_error(error: OSError) -> tuple[int, str]:
     name = f"{error.filename}: " if error.filename is not None else ""
     said = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = "free some space or name another --out; the unfinished output was removed"
+        kept = getattr(error, "__notes__", [])  # it says what stays
+        free = "free some space or name another --out" + ("" if kept else "; the unfinished output was removed")
         return ERROR, f"{name}disk full ({said}); {free}"
+    if error.errno == errno.EROFS:
+        return ERROR, f"{name}{said}; name another --out"
     if isinstance(error, FileNotFoundError):
         return BAD_INPUT, f"{name}{said}; check the path" if name else said
     if isinstance(error, FileExistsError):

@@ -1,4 +1,4 @@
-"""Distilling: losses against autograd and golden values, a run and its output, kills, two processes, refusals."""
+"""Distilling: losses against autograd and golden values, a run and its output, kills, refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -249,27 +248,6 @@ def _kill_at(where: str, steps: int) -> None:
         Path.rename = die  # type: ignore[method-assign,assignment]
     else:
         distill.Writer.finish = die  # type: ignore[method-assign]
-
-
-def test_two_processes_give_the_curve_of_one(tiny: Tiny, tmp_path: Path) -> None:
-    student, teacher = models(tiny, hidden_size=64)
-    asked = wish(student, steps=6, hidden="mse", hidden_blocks="1:2", hard=0.1)
-    distill.run(student, teacher, tmp_path / "one", asked)
-    flags = [
-        *("--teacher", teacher, "--data", student / "calibration.jsonl", "--out", tmp_path / "two", "--device", "cpu"),
-        *("--steps", 6, "--batch", 4, "--seq-len", 32, "--lr", 3e-3, "--every", 2, "--hard", 0.1, "--hidden", "mse"),
-        *("--hidden-blocks", "1:2", "--json"),
-    ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "percard", "distill", str(student), *map(str, flags)],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["processes"] == 2
-    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-4)
-    one, two = (Checkpoint.open(tmp_path / name) for name in ("one", "two"))
-    assert one.names == two.names and not (tmp_path / "two" / ".percard-work").exists()
 
 
 def test_a_capture_stands_in_for_the_teacher(tiny: Tiny, tmp_path: Path) -> None:
