@@ -63,7 +63,8 @@ def fits_memory(models: Sequence[Model], plan: Plan, device: torch.device) -> No
 
 def kind_of(model: Model) -> tuple[Any, ...]:
     """Models of one kind hold caches alike and can share one."""
-    return model.kv.name, model.kv.specs, model.dtype
+    config = model.config
+    return model.kv.name, model.kv.specs, model.dtype, config.layers, config.kv_heads, config.head_dim
 
 
 @dataclass

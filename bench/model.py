@@ -40,6 +40,7 @@ from .model_sides import (
     Side,
     Wanted,
     judge,
+    layers_of,
     load_sides,
     needed,
     probes_of,
@@ -84,7 +85,8 @@ def run(
 ) -> list[Record]:
     """Times `source` (a checkpoint, or `shape:<name>`) in 16 bits and in each of `specs`; records baseline first.
 
-    A quantised checkpoint is its own spec and needs `against`, the 16-bit checkpoint it came from. Real weights need
+    A quantised checkpoint is its own spec and needs `against`, the 16-bit checkpoint it came from, or the one that this was pruned
+    from; with `against` a 16-bit checkpoint is such a child too. Real weights need
     `text`, a held-out UTF-8 file for the gate; `gates` {spec or "baseline": quality section} brings one measured
     elsewhere (the section names its model). `out` appends each record to a JSONL file as it is made, and what is in it is not
     measured again (`retry`: failed rows are; `force`: all); `dry_run` only tells what would be. `progress` gets a line of words
@@ -114,7 +116,7 @@ def run(
     machine = {"same": this["same"], "uuid": this["uuid"], "isa": [card.torch_isa(), native_isa()]}
     code, gate = ops.source_hash(*ops.OPS), _of(text)
     setting = Setting(config, plan, str(source), memory, machine, code, weights_hash(source), gate, impl)
-    asked = wanted(parsed, plan, config, source)
+    asked = wanted(parsed, plan, config, source, child=not parsed and str(reference) != str(source))
     known = {} if force else cells.settled(path, retry=retry)
     bench = _Bench(setting, asked, where, source, reference, parsed, text, gates or {}, impl, say, command)
     todo = list(_cells(bench, known))
@@ -240,7 +242,8 @@ class _Bench:
         specs = [spec for spec in self.specs if any(side.spec == spec for side in asked)]
         probes = probes or probes_of(config, specs, plan, where, self.impl, say)
         memory_fits(config, specs, where)
-        by_batch = settled(self.reference, probes[BASELINE], config, plan, where, say)
+        layers = layers_of(self.source, self.reference, config)
+        by_batch = settled(self.reference, probes[BASELINE], config, layers, plan, where, say)
         noisy = card.noise(where) + cache_noise(config, where)
         longest = max(plan.prompt, *contexts.depths(plan)) + plan.new
         max_len = max(longest, 0 if self.text is None else min(config.context, 2048))

@@ -160,7 +160,7 @@ def row(setting: Setting, machine: Machine, found: Measured, probe_words: str) -
         env=machine.sections["env"],
         card=machine.sections["card"],
         cpu=machine.sections["cpu"],
-        model=about["model"],
+        model=about["model"] | {"layers_run": model.config.layers, "layers": load_config(model.source).layers},
         shape=about["shape"] | ({"bound": plan.bound.section()} if plan.bound else {}),
         scheme={
             "spec": str(spec) if spec else FLOATS[model.dtype],
@@ -192,7 +192,7 @@ def row(setting: Setting, machine: Machine, found: Measured, probe_words: str) -
         | {"samples": [t * 1e6 for t in found.sample.samples]},
         tokens=_tokens(found, plan, prompt)
         | {"vs_fp16": {"same_batch": versus} | ({} if phase == "prefill" else _later(setting, model))},
-        roofline=None if phase == "mixed" else roofline(setting.config, model, found, prompt, plan.new, machine),
+        roofline=None if phase == "mixed" else roofline(model.config, model, found, prompt, plan.new, machine),
         energy=found.energy,
         money=priced,
         memory=_memory(setting, model, found),
@@ -274,7 +274,7 @@ def _later(setting: Setting, model: Model) -> dict[str, Any]:
 
 def _asked(setting: Setting, model: Model) -> dict[str, Any]:
     """What max_fit of this run needs to know of a side."""
-    return needs(setting.budget, model, load_config(setting.source).layers)
+    return needs(setting.budget, model, load_config(model.source).layers)
 
 
 def needs(budget: Budget, model: Model, layers: int) -> dict[str, Any]:

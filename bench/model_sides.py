@@ -23,7 +23,7 @@ from .fair import Plan
 from .probe import FLOATS, PHASES, Probe, probe, settle
 from .worker import Outcome, outcome_of
 
-BASELINE = "baseline"
+BASELINE, CHILD = "baseline", "child"
 _SAMPLE = 2**16  # bytes at each end of a shard that name the weights
 
 
@@ -32,7 +32,7 @@ class Wanted:
     """One line of the comparison before it is loaded. `kv` None = a cache of 16 bits.
 
     `twin`: the 16-bit head beside an int8 one, decode only. `more`: another cache beside the first one asked for; it prefills
-    only where a bound on the first token wants it.
+    only where a bound on the first token wants it. `child`: 16-bit weights that are not the baseline's, of a smaller model.
     """
 
     name: str
@@ -41,11 +41,12 @@ class Wanted:
     kv: str | None = None
     twin: bool = False
     more: bool = False
+    child: bool = False
 
     @property
     def label(self) -> str:
         """Of its weights, the same in every run: the baseline's type of float may differ."""
-        return str(self.spec) if self.spec else "16-bit weights" if self.kv else BASELINE
+        return str(self.spec) if self.spec else CHILD if self.child else "16-bit weights" if self.kv else BASELINE
 
 
 @dataclass
@@ -87,7 +88,13 @@ def sources(
     config = load_config(source)
     opened = Checkpoint.open(Path(source))
     if not compressed_tensors.claims(opened.config):
-        return source, specs, config
+        if against is None or Path(against).resolve() == Path(source).resolve():
+            return source, specs, config
+        if specs:
+            raise FormatError(
+                f"{source}: with --against it is a child as it is, so --specs has no meaning; quantise it and give that"
+            )
+        return against, [], config
     if specs:
         raise FormatError(f"{source}: is quantised already, so --specs has no meaning; give the 16-bit checkpoint")
     if against is None:
@@ -111,9 +118,27 @@ def weights_hash(source: str | Path) -> str | None:
     return found.hexdigest()
 
 
-def wanted(specs: Sequence[QuantSpec], plan: Plan, config: Config, source: str | Path) -> list[Wanted]:
-    """Baseline, then each variant over each cache, with the head asked for and, beside an int8 head, with the 16-bit one."""
+def wanted(
+    specs: Sequence[QuantSpec], plan: Plan, config: Config, source: str | Path, child: bool = False
+) -> list[Wanted]:
+    """Baseline, then each variant over each cache, with the head asked for and, beside an int8 head, with the 16-bit one.
+
+    child: `source` holds 16-bit weights of its own, which are held against another model's.
+    """
     found = [Wanted(BASELINE, None, "16bit")]
+    if child:
+        caching = [(name, caches.of(name, config, str(source)).quantised, i) for i, name in enumerate(plan.kv)]
+        return found + [
+            Wanted(
+                f"{CHILD}, {name} cache" if held else CHILD,
+                None,
+                "16bit",
+                name if held else None,
+                more=i > 0,
+                child=True,
+            )
+            for name, held, i in caching
+        ]
     both: list[QuantSpec | None] = [*specs]
     for spec in both or [None]:
         head = plan.head if spec else "16bit"
@@ -143,14 +168,14 @@ def probes_of(
 
 
 def settled(
-    reference: str | Path, first: Probe, config: Config, plan: Plan, device: torch.device, say: Callable
+    reference: str | Path, first: Probe, config: Config, layers: int, plan: Plan, device: torch.device, say: Callable
 ) -> dict[int, Probe]:
-    """The baseline's probe by batch, of whole models where layers came near each other.
+    """The baseline's probe by batch, of whole models (`layers` of it) where layers came near each other.
 
     Prompts are bound by products at every batch, so the first batch says their type; a step's type is asked at each.
     """
     say("timing the baseline in the float types that came near")
-    whole: dict[str, Any] = {"layers": config.layers, "max_len": plan.prompt + 1, "device": device, "seed": plan.seed}
+    whole: dict[str, Any] = {"layers": layers, "max_len": plan.prompt + 1, "device": device, "seed": plan.seed}
 
     def model(dtype: torch.dtype) -> Model:
         return load(reference, dtype=dtype, **whole)
@@ -184,17 +209,19 @@ def load_sides(
     say: Callable,
 ) -> list[Side]:
     """The baseline and every side of `asked`, weights held once. A variant that cannot be loaded is a side that says why."""
-    options: dict[str, Any] = {"layers": config.layers, "max_len": max_len, "device": device, "seed": plan.seed}
+    options: dict[str, Any] = {"max_len": max_len, "device": device, "seed": plan.seed}
     first = by_batch[plan.ladder[0]]
 
     def models(where: str | Path, spec: QuantSpec | None, found: Probe, lender: Model | None) -> dict[str, Model]:
         dtypes = {phase: found.fastest(phase) for phase in PHASES}
+        layers = config.layers if str(where) == str(source) else layers_of(source, where, config)
+        options["layers"] = layers
         decode = load(where, spec=spec, dtype=dtypes["decode"], impl=impl if spec else None, share=lender, **options)
         prefill = decode.with_dtype(dtypes["prefill"])
         # Single 16-bit rows (a variant's head too) go the way that was faster for the baseline.
         return {"prefill": prefill, "decode": replace(decode, mv=decode.dtype in first.mv)}
 
-    say(f"loading {reference} in 16 bits, {config.layers} layers")
+    say(f"loading {reference} in 16 bits, {layers_of(source, reference, config)} layers")
     begin = time.perf_counter()
     base = Side(asked[0], models(reference, None, first, None), probes=dict(by_batch))
     base.load_s = time.perf_counter() - begin
@@ -204,11 +231,14 @@ def load_sides(
         again = known.get(dtype) or base.models["decode"].with_dtype(dtype)
         base.at["decode", batch] = replace(again, mv=dtype in seen.mv)
     sides, heads = [base], Heads()
-    for spec in dict.fromkeys(side.spec for side in asked[1:]):
-        mine = [side for side in asked[1:] if side.spec == spec]
+    for spec, child in dict.fromkeys((side.spec, side.child) for side in asked[1:]):
+        mine = [side for side in asked[1:] if (side.spec, side.child) == (spec, child)]
         begin = time.perf_counter()
         try:
-            if spec is None:
+            if child:
+                say(f"loading {source} in 16 bits")
+                held = models(source, None, first, None)
+            elif spec is None:
                 held = base.models
             else:
                 say(f"loading {source} as {spec if source == reference else 'what it is'}")
@@ -216,13 +246,21 @@ def load_sides(
                 held = models(source, own, probes[str(spec)], base.models["decode"])
             made = [Side(one, _over(heads.of(held, one.head), one.kv)) for one in mine]
         except (RuntimeError, NotImplementedError, MemoryError, FormatError) as error:
-            say(f"{spec}: not loaded ({error})")
+            say(f"{spec or CHILD}: not loaded ({error})")
             sides += [_ended(Side(one), error) for one in mine]
             continue
         for side in made:
-            side.load_s = base.load_s if spec is None else time.perf_counter() - begin
+            side.load_s = base.load_s if spec is None and not child else time.perf_counter() - begin
         sides += made
     return sides
+
+
+def layers_of(source: str | Path, reference: str | Path, config: Config) -> int:
+    """Blocks of the baseline that run. All of them where all of the child's do: it may have been pruned."""
+    if str(reference) == str(source):
+        return config.layers
+    whole = load_config(reference).layers
+    return whole if config.layers == load_config(source).layers else min(whole, config.layers)
 
 
 def _ended(side: Side, error: Exception) -> Side:
@@ -292,9 +330,9 @@ def _judge(
 ) -> None:
     """The quality section of one side."""
     reference, model, quantised = base.models["decode"], side.models["decode"], side.wanted.kv is not None
-    weighed = side.wanted.spec is not None or quantised
+    weighed = side.wanted.spec is not None or quantised or side.wanted.child
     # A gate that was measured elsewhere was measured with a bf16 cache, unless it is named for another.
-    kin = None if quantised else str(side.wanted.spec) if side.wanted.spec else BASELINE
+    kin = None if quantised else side.wanted.label
     brought = gates.get(side.name, gates.get(kin) if kin else None)
     if ids is not None and weighed:
         say(f"quality of {side.name} on {len(ids)} tokens")

@@ -140,7 +140,7 @@ def gate(quality: Quality, spec: QuantSpec | str | None, small_model: bool = Fal
     limits = THRESHOLDS.get(parsed.weight_bits)
     if limits is None:
         return "none", [f"{parsed.weight_bits}-bit weights have no gate: figures are printed, never green"]
-    reasons = _beyond(quality, {n: v for n, v in limits.items() if not (small_model and n == "perplexity")})
+    reasons = beyond(quality, {n: v for n, v in limits.items() if not (small_model and n == "perplexity")})
     return ("red", reasons) if reasons else ("green", [])
 
 
@@ -154,7 +154,7 @@ def gate_cache(quality: Quality, kv: Layers | str) -> tuple[str, list[str]]:
     if not held:
         return "none", ["a bf16 cache is the reference"]
     name = max(held, key=list(CACHES).index)
-    reasons = [f"cache {name}: {words}" for words in _beyond(quality, CACHES[name])]
+    reasons = [f"cache {name}: {words}" for words in beyond(quality, CACHES[name])]
     return ("red", reasons) if reasons else ("green", [])
 
 
@@ -165,12 +165,12 @@ def gate_length(ratio: float | None) -> list[str]:
     return [f"answers are {ratio:.2f} times as long as the reference's, outside {LENGTHS[0]} .. {LENGTHS[1]}"]
 
 
-def _beyond(quality: Quality, limits: Mapping[str, float]) -> list[str]:
-    """What is worse than its limit, in words. Written as "not good" so that a NaN is worse."""
+def beyond(quality: Quality, limits: Mapping[str, float]) -> list[str]:
+    """What is worse than its limit, in words; a figure without a limit is not judged. "Not good" so that a NaN is worse."""
     reasons = []
-    if not quality.kl <= limits["kl"]:
+    if "kl" in limits and not quality.kl <= limits["kl"]:
         reasons.append(f"KL {quality.kl:.4f} is above {limits['kl']}")
-    if not quality.top1 >= limits["top1"]:
+    if "top1" in limits and not quality.top1 >= limits["top1"]:
         reasons.append(f"top-1 agreement {quality.top1:.1%} is below {limits['top1']:.0%}")
     if "perplexity" in limits and not quality.perplexity_rise <= limits["perplexity"]:
         reasons.append(f"perplexity rises {quality.perplexity_rise:.2%}, more than {limits['perplexity']:.1%}")

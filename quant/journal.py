@@ -45,7 +45,7 @@ class Journal:
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
         self.path, self.fingerprint = path, fingerprint
         self.entries: list[dict[str, Any]] = []
-        lines = _whole_lines(path)
+        lines = whole_lines(path)
         if lines:
             self._compare(lines[0])
             self.entries = lines[1:]
@@ -74,7 +74,7 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that are complete; what follows the last of them is cut off the file."""
     if not path.is_file():
         return []

@@ -194,7 +194,7 @@ def check(src: str | Path, recipe: Recipe, dst: str | Path | None = None) -> Pre
         disk += fidelity.disk(source, tokens)
         if recipe.verify.on_red == "promote":
             disk += 2 * output  # the red checkpoint stays until a better one is checked
-    free_disk, free_memory = _disk_free(Path(dst)) if dst is not None else None, _memory_free()
+    free_disk, free_memory = disk_free(Path(dst)) if dst is not None else None, _memory_free()
     rows = tuple(engines.rows(recipe.serve, found, assignment))
     refusals = engines.refusals(rows, recipe.serve.sm)
     if METHODS[recipe.rounding.method].whole and (reason := autoround.missing()) is not None:
@@ -350,7 +350,7 @@ def _memory_free() -> int | None:
     return None
 
 
-def _disk_free(dst: Path) -> int:
+def disk_free(dst: Path) -> int:
     """Free bytes where `dst` will be: on the nearest folder above it that exists."""
     folder = dst.absolute()
     while not folder.exists():

@@ -86,7 +86,7 @@ class Plan:
     @property
     def child_config(self) -> dict[str, Any]:
         """config.json of the child; lists of blocks are those of any choice of the right size."""
-        keep = _any(self.sizes, self.given)
+        keep = any_keep(self.sizes, self.given)
         return Child(self.found, self.source.config, self.sizes, self.given, keep).config(str(self.source.path))
 
     @property
@@ -137,7 +137,7 @@ def plan(src: str | os.PathLike[str], wish: Wish, *, cost: Cost | None = None) -
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
 
     def count(given: Sizes) -> int:
-        child = Child(found, source.config, sizes, given, _any(sizes, given))
+        child = Child(found, source.config, sizes, given, any_keep(sizes, given))
         return sum(int(np.prod(cut.shape(shapes[name]))) for name, cut in child.tensors(shapes))
 
     if wish.sizes:
@@ -148,11 +148,11 @@ def plan(src: str | os.PathLike[str], wish: Wish, *, cost: Cost | None = None) -
             sizes,
             parameters,
             count,
-            lambda g: Child(found, source.config, sizes, g, _any(sizes, g)).config(where),
+            lambda g: Child(found, source.config, sizes, g, any_keep(sizes, g)).config(where),
             source,
             cost,
         )
-    Child(found, source.config, sizes, given, _any(sizes, given)).config(where)  # refuses what cannot be cut
+    Child(found, source.config, sizes, given, any_keep(sizes, given)).config(where)  # refuses what cannot be cut
     small = count(given)
     planned = Plan(source, found, wish, sizes, given, parameters, small, None)
     windows = None
@@ -204,7 +204,7 @@ def _meeting(
     )
 
 
-def _any(sizes: Sizes, given: Sizes) -> Keep:
+def any_keep(sizes: Sizes, given: Sizes) -> Keep:
     """A choice of the right sizes, for counting."""
     drop = sizes.layers - given.layers
     layers = (*range(ENDS), *range(ENDS + drop, sizes.layers)) if drop else tuple(range(sizes.layers))

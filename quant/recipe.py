@@ -50,6 +50,7 @@ DTYPES = ("auto", "float32", "model")
 # What `--method` means: a transform brings the rounding that goes best with it (docs/quantize.md).
 FLAG_METHODS = {"awq": ("awq", "gptq"), "smoothquant": ("smoothquant", "gptq"), "rotate": ("rotate", "gptq")}
 CONTAINERS = ("compressed-tensors",)
+OTHER_STAGES = ("prune", "capture", "distill", "verify", "bench")  # of percard run (stages.py)
 
 
 @dataclass(frozen=True)
@@ -180,27 +181,18 @@ class Recipe:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """The recipe in a YAML file of at most 1 MB; RecipeError names the file."""
-        file = Path(path)
-        if not file.is_file():
-            raise RecipeError(f"{file}: no such recipe file; give the path of a YAML file, or say --spec instead")
-        try:
-            size = file.stat().st_size
-            if size > MAX_BYTES:
-                raise RecipeError(f"{file}: {size} bytes, a recipe has at most {MAX_BYTES}; is this the right file?")
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        text = read_text(path)
         try:
             return cls.parse(text)
         except RecipeError as error:
-            raise RecipeError(f"{file}: {error}") from None
+            raise RecipeError(f"{Path(path)}: {error}") from None
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """The recipe that a YAML text says."""
         if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
             raise RecipeError(f"a recipe has at most {MAX_BYTES} bytes")
-        return _from_tree(fields.load(text))
+        return of_tree(fields.load(text))
 
     @classmethod
     def from_flags(
@@ -234,12 +226,12 @@ class Recipe:
         return cls(
             spec=QuantSpec.parse(spec),
             steps=steps,
-            calibration=_calibration({k: str(v) if k == "source" else v for k, v in given.items() if v is not None}),
+            calibration=calibration_of({k: str(v) if k == "source" else v for k, v in given.items() if v is not None}),
             experts=fields.choice(experts, "experts", EXPERTS),
             layers=tuple((name, QuantSpec.parse(value)) for name, value in (layers or {}).items()),
             ignore=tuple(ignore),
             model=model,
-            serve=_serve({"engine": engine, "sm": sm, "tp": tp}),
+            serve=serve_of({"engine": engine, "sm": sm, "tp": tp}),
             verify=_verify(
                 {k: v for k, v in (("level", verify), ("text", text and str(text))) if v is not None},
             ),
@@ -298,9 +290,27 @@ def compiled(pattern: str, where: str = "pattern") -> Callable[[str], bool]:
     return lambda name: regex(max(_NAME, 1 << len(name).bit_length())).match(name) is not None
 
 
-def _from_tree(tree: Any) -> Recipe:
+def read_text(path: str | os.PathLike[str]) -> str:
+    """What a recipe file holds, at most 1 MB; RecipeError names it."""
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such recipe file; give the path of a YAML file, or say --spec instead")
+    try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise RecipeError(f"{file}: {size} bytes, a recipe has at most {MAX_BYTES}; is this the right file?")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def of_tree(tree: Any) -> Recipe:
+    """The recipe that a tree of keys and values says."""
     top = fields.mapping(tree, "recipe", ("model", "serve", "stages", "calibration", "run", "verify", "output"))
     stages = top.get("stages")
+    verbs = [_verb(entry) for entry in stages] if isinstance(stages, list) else []
+    if any(verb in OTHER_STAGES for verb in verbs):
+        raise RecipeError(f"stages: {', '.join(verbs)}: this is a recipe of several stages; give it to percard run")
     if not isinstance(stages, list) or len(stages) != 1:
         raise RecipeError("stages: expected a list with one stage, `- quantize: {spec: ...}`")
     stage = fields.mapping(
@@ -322,8 +332,8 @@ def _from_tree(tree: Any) -> Recipe:
         ignore=fields.texts(stage.get("ignore!", stage.get("ignore", [])), "quantize.ignore"),
         replace_ignore="ignore!" in stage,
         model=fields.maybe_text(top.get("model"), "model"),
-        serve=_serve(fields.mapping(top.get("serve"), "serve", ("engine", "sm", "tp"))),
-        calibration=_calibration(
+        serve=serve_of(fields.mapping(top.get("serve"), "serve", ("engine", "sm", "tp"))),
+        calibration=calibration_of(
             fields.mapping(top.get("calibration"), "calibration", ("source", "samples", "seq_len", "seed"))
         ),
         experts=fields.choice(stage.get("experts", "blend"), "quantize.experts", EXPERTS),
@@ -337,6 +347,10 @@ def _from_tree(tree: Any) -> Recipe:
         container=fields.choice(output.get("to", "compressed-tensors"), "output.to", CONTAINERS),
         card=fields.flag(output.get("card", True), "output.card"),
     )
+
+
+def _verb(entry: Any) -> str:
+    return entry if isinstance(entry, str) else str(next(iter(entry), "")) if isinstance(entry, dict) else ""
 
 
 _STAGE_KEYS = ("spec", "methods", "layers", "ignore", "ignore!", "experts")
@@ -358,7 +372,8 @@ def _steps(value: Any) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _serve(tree: Mapping[str, Any]) -> Serve:
+def serve_of(tree: Mapping[str, Any]) -> Serve:
+    """Where it will be served."""
     sm, tp = tree.get("sm"), tree.get("tp", 1)
     return Serve(
         fields.maybe_text(tree.get("engine"), "serve.engine"),
@@ -367,7 +382,8 @@ def _serve(tree: Mapping[str, Any]) -> Serve:
     )
 
 
-def _calibration(tree: Mapping[str, Any]) -> Calibration:
+def calibration_of(tree: Mapping[str, Any]) -> Calibration:
+    """Which text."""
     default = Calibration()
     return Calibration(
         fields.maybe_text(tree.get("source"), "calibration.source"),

@@ -11,7 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_options, bench_verbs, capturing, console, distilling, manual, planning, pruning
+from . import (
+    __version__,
+    bench_options,
+    bench_verbs,
+    capturing,
+    console,
+    distilling,
+    manual,
+    planning,
+    pruning,
+    running,
+)
 
 app = typer.Typer(
     help=manual.ROOT,
@@ -181,6 +192,7 @@ def calibrate_kv(
 app.command(help=manual.PRUNE, short_help="A checkpoint becomes a smaller one of its family.")(pruning.prune)
 app.command(help=manual.CAPTURE, short_help="Write down what a teacher says, for students.")(capturing.capture)
 app.command(help=manual.DISTILL, short_help="A smaller model learns from a larger one.")(distilling.distill)
+app.command("run", help=manual.RUN, short_help="Prune, distil, quantise, verify, bench: one recipe.")(running.run)
 
 
 @app.command(help=manual.GENERATE, short_help="Complete a prompt.")

@@ -112,6 +112,32 @@ must have the same tokenizer; padding of the heads is left out on both sides. A 
 every --every steps: the same command. A loss that is no number stops it, and the last state stays.
 """
 
+RUN = """Go through the stages of RECIPE: prune, capture, distill, quantize, verify, bench; end with a table against the model.
+
+\b
+  percard run recipe.yaml --dry-run                 every stage checked before the first one starts; reads no weights
+  percard run recipe.yaml                           finished stages are skipped, a killed one goes on
+  percard run recipe.yaml --from quantize           that stage and all behind it again
+  percard run recipe.yaml --only bench              that stage and no other
+  percard run examples/prune-distil-int4.yaml       a quarter of a small model away, and INT4
+
+\b
+  model: ./Qwen3-8B
+  stages:
+    - prune: {target_params: 0.75}
+    - distill: {teacher: source, data: mix.jsonl, tokens: 2.5e9, batch: 768, lr: 1e-4}
+    - quantize: {spec: w4a16-g128, methods: [gptq]}
+    - verify
+    - bench
+  calibration: {source: calib.jsonl}
+  verify: {text: held.txt, gate: {kl: 0.05, top1: 0.9}}
+  output: {dir: out}
+
+Each stage has its folder under output.dir and its verb's own journal and report; docs/run.md has all keys. The table is run.json
+and run.md: parameters, bytes, KL, top-1 and perplexity against the model, tokens/s beside it in FP16. A child whose gate is red
+gets no speed, and the exit code is 4.
+"""
+
 GENERATE = """Complete a prompt with the model in DIR, FP16 or quantised.
 
 \b

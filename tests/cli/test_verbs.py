@@ -79,7 +79,7 @@ def test_a_dry_run_that_is_refused_says_why_and_exits_3(
 ) -> None:
     from percard.quant import preflight
 
-    monkeypatch.setattr(preflight, "_disk_free", lambda path: 1000)
+    monkeypatch.setattr(preflight, "disk_free", lambda path: 1000)
     ran = percard("quantize", checkpoint, "--spec", "w8a8", "--out", tmp_path / "out", "--dry-run")
     assert ran.code == 3 and "refused" in ran.out
     ran = percard(

@@ -202,7 +202,7 @@ def test_disk_really_full(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monkey
         src, wish = tiny(), Recipe.from_flags(spec="w8a8")
         with pytest.raises(preflight.Refused, match="of disk"):
             quantize.run(src, disk / "out", wish)
-        monkeypatch.setattr(preflight, "_disk_free", lambda dst: 1 << 40)
+        monkeypatch.setattr(preflight, "disk_free", lambda dst: 1 << 40)
         with pytest.raises(OSError, match="No space left") as caught:
             quantize.run(src, disk / "out", wish)
         assert caught.value.errno == errno.ENOSPC and list(disk.iterdir()) == []

@@ -65,7 +65,7 @@ def test_what_a_person_reads_and_what_a_program_reads(tiny: Tiny, tmp_path: Path
 
 def test_no_room(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = tiny()
-    monkeypatch.setattr(preflight, "_disk_free", lambda dst: 1000)
+    monkeypatch.setattr(preflight, "disk_free", lambda dst: 1000)
     monkeypatch.setattr(preflight, "_memory_free", lambda: 1000)
     plan = check(src, dst=tmp_path / "out")
     assert not plan.ok and len(plan.refusals) == 2
