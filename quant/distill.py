@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _FREE = ("lr", "every", "micro", "device", "checkpointing")
 
 def run(
     student: str | os.PathLike[str],
-    teacher: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     dst: str | os.PathLike[str],
     wish: Wish,
     *,
@@ -53,6 +53,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains `student` towards `teacher` into the new folder `dst`; returns the report that lies there as distill.json.
 
+    teacher: a checkpoint, a capture, or several: at most one checkpoint, any number of captures (distill_plan.plan).
     Under torchrun every process calls it; the first one writes, the others return {}. FormatError or FileExistsError with
     nothing left behind; Refused for a question without `yes`; Diverged, an interrupt or a full disk keep the last good state.
     """
@@ -71,16 +72,12 @@ def run(
         dtype = _dtype(wish, group)
         out: Output | None = None
         if group.first:
-            for source in (planned.student.path, planned.reference):
+            for source in (planned.student.path, planned.reference, *(c.folder for c in planned.captures)):
                 output.refuse(source, out_path, force)
             out = stack.enter_context(Output(out_path, force, fresh))
             _begin(out, planned, dtype, group)
         work = Path(group.told(None if out is None else str(out.work)))
-        data: distill_data.TokenData | distill_data.CapturedData
-        if isinstance(planned.teacher, Capture):
-            data = distill_data.CapturedData(planned.teacher, planned.objective.kind == "topk", wish.seed)
-        else:
-            data = distill_data.opened(work, wish.seed)
+        data = _data(planned, work)
         if data.windows < wish.batch:
             raise FormatError(f"{planned.text}: {data.windows} windows, less than one batch of {wish.batch}")
         schedule = Schedule(
@@ -139,6 +136,9 @@ def _begin(out: Output, planned: Plan, dtype: torch.dtype, group: Processes) -> 
         {
             "source": source_mark(planned.student),
             "teacher": planned.teacher.sha256 if isinstance(planned.teacher, Capture) else source_mark(planned.teacher),
+            **(
+                {"captures": more} if (more := [c.sha256 for c in planned.captures if c is not planned.teacher]) else {}
+            ),
             "text": [planned.wish.data, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
             "wish": wish,
             "dtype": str(dtype),
@@ -148,11 +148,17 @@ def _begin(out: Output, planned: Plan, dtype: torch.dtype, group: Processes) -> 
             "percard": report.versions()["percard"],
         },
     )
-    if isinstance(planned.teacher, Capture):
-        planned.teacher.verify()
-    elif not (out.work / distill_data.FACTS).is_file():
-        assert planned.wish.data is not None
+    for captured in planned.captures:
+        captured.verify()
+    if planned.wish.data is not None and not (out.work / distill_data.FACTS).is_file():
         distill_data.write(planned.wish.data, out.work, planned.student.path, planned.vocab, planned.window)
+
+
+def _data(planned: Plan, work: Path) -> distill_data.Data:
+    """The text if there is one, and the windows of every capture; their probabilities only where no teacher runs along."""
+    texts = [distill_data.opened(work)] if planned.wish.data is not None else []
+    captured = [distill_data.CapturedData(capture, planned.k, planned.vocab) for capture in planned.captures]
+    return distill_data.Data([*texts, *captured], planned.wish.seed)
 
 
 def _keeping(out: Output | None) -> Callable[[int], None]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import numpy as np
 
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError
-from . import distill_data, vocabulary, walk
+from . import distill_data, walk
 from .capture_cache import FACTS, Capture
 from .distill_losses import LOSSES, Objective
+from .distill_match import block_pairs, shared_vocabulary
 from .distill_models import Hidden
-from .vocabulary import Words
 
-PRUNED = "prune.json"
 HIDDEN = ("mse", "cosine")
 
 
@@ -96,7 +94,10 @@ class Wish:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a run would do. teacher: a checkpoint that runs along, or what one said. vocab: ids that both sides know; blocks: the student's block -> the teacher's, as pruning left it."""
+    """What a run would do. teacher: a checkpoint that runs along, or what one said. vocab: ids that both sides know.
+
+    captures: all whose windows are trained on, the teacher among them where it is one.
+    """
 
     student: Checkpoint
     teacher: Checkpoint | Capture
@@ -110,6 +111,12 @@ class Plan:
     text: str
     question: str = ""
     warnings: tuple[str, ...] = ()
+    captures: tuple[Capture, ...] = ()
+
+    @property
+    def k(self) -> int:
+        """Kept ids that are read of every position: the fewest that any capture has; 0 where none are."""
+        return min((c.k for c in self.captures if c.k), default=0) if self.objective.kind == "topk" else 0
 
     def steps(self, windows: int) -> int:
         """How many, of a text with so many windows."""
@@ -136,6 +143,7 @@ class Plan:
         return {
             "student": str(self.student.path),
             "teacher": str(self.reference),
+            "captures": [str(capture.folder) for capture in self.captures],
             "family": self.found.family.name,
             "parameters": {"student": self.parameters[0], "teacher": self.parameters[1]},
             "loss": self.objective.kind,
@@ -150,30 +158,46 @@ class Plan:
         }
 
 
-def plan(student: str | os.PathLike[str], teacher: str | os.PathLike[str], wish: Wish) -> Plan:
+def plan(
+    student: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    wish: Wish,
+) -> Plan:
     """Checks both models, their tokenizers and the front of the text. FormatError for what cannot be.
 
-    teacher: a checkpoint, or the folder of a capture, which brings its text along.
+    teacher: a checkpoint, or the folder of a capture, which brings its text along; or several: captures together, or one checkpoint
+    and captures whose text it reads along with `wish.data`.
     """
-    if Path(student).resolve() == Path(teacher).resolve():
-        raise FormatError(f"{student}: student and teacher are the same folder; there is nothing to learn")
+    folders = [Path(t) for t in ([teacher] if isinstance(teacher, str | os.PathLike) else teacher)]
+    live, captured = _sorted(Path(student), folders)
     ours, found = _open(Path(student), "student")
-    if (Path(teacher) / FACTS).is_file():
-        return _from_capture(ours, found, Path(teacher), wish)
-    theirs, _ = _open(Path(teacher), "teacher")
+    captures = tuple(Capture.open(folder, ours.path, verify=False) for folder in captured)
+    if live is None:
+        return _from_captures(ours, found, captures, wish)
+    theirs, _ = _open(live, "teacher")
     objective = _objective(wish, "fkl")
     if objective.kind == "topk":
-        raise FormatError(f"--loss topk: {teacher} is a model; give the folder of a capture, or take --loss fkl")
-    if wish.data is None:
+        raise FormatError(f"--loss topk: {live} is a model; give the folder of a capture alone, or take --loss fkl")
+    if wish.data is None and not captures:
         raise FormatError("--data is missing; give text to train on")
     vocab = shared_vocabulary(ours, theirs)
+    for capture in captures:
+        if capture.vocab > vocab:
+            raise FormatError(
+                f"{capture.folder}: was captured over {capture.vocab} tokens, student and teacher share {vocab}"
+            )
     notes: list[str] = []
     window, positions = wish.seq_len, [c.config.get("max_position_embeddings") for c in (ours, theirs)]
     least = min([p for p in positions if p], default=None)
+    longest = _longest(captures, least, "both models")
     if least is not None and window > least:
         notes.append(f"--seq-len {window} cut to the {least} positions of the models")
         window = least
-    text = distill_data.probe(wish.data, ours.path, vocab, window, wish.batch)
+    names, windows = [capture.folder.name for capture in captures], sum(len(capture) for capture in captures)
+    if wish.data is not None:
+        names.insert(0, distill_data.probe(wish.data, ours.path, vocab, window, max(1, wish.batch - windows)))
+    elif windows < wish.batch:
+        raise _too_few(captures, wish)
     sizes = (_parameters(ours), _parameters(theirs))
     question = ""
     if sizes[0] > sizes[1]:
@@ -183,49 +207,114 @@ def plan(student: str | os.PathLike[str], teacher: str | os.PathLike[str], wish:
         )
     hidden = None
     if wish.hidden is not None:
-        hidden = Hidden(wish.hidden, _pairs(wish.hidden_blocks, ours, theirs), wish.hidden_weight)
+        hidden = Hidden(wish.hidden, block_pairs(wish.hidden_blocks, ours, theirs), wish.hidden_weight)
     if objective.kind != "none" and wish.hard >= 1:
         notes.append("hard labels weigh as much as the teacher: cross-entropy alone lets a student drift from it")
-    return Plan(ours, theirs, found, wish, objective, vocab, window, sizes, hidden, text, question, tuple(notes))
+    notes += [
+        f"{capture.folder.name}: its text is trained on; what it kept is not read, {live.name} says it anew"
+        for capture in captures
+        if capture.k
+    ]
+    window = max(window, longest) if wish.data is not None else longest
+    return Plan(
+        ours, theirs, found, wish, objective, vocab, window, sizes, hidden, " + ".join(names), question, tuple(notes), captures
+    )  # fmt: skip
+
+
+def _sorted(student: Path, teachers: Sequence[Path]) -> tuple[Path | None, list[Path]]:
+    """The one model among the teachers, and the captures."""
+    if not teachers:
+        raise FormatError("--teacher is missing; give a model, or a folder of percard capture")
+    for number, folder in enumerate(teachers):
+        if folder.resolve() == student.resolve():
+            raise FormatError(f"{student}: student and teacher are the same folder; there is nothing to learn")
+        if folder.resolve() in [other.resolve() for other in teachers[:number]]:
+            raise FormatError(f"--teacher {folder}: given twice; name each folder once")
+    captured = [folder for folder in teachers if (folder / FACTS).is_file()]
+    live = [folder for folder in teachers if folder not in captured]
+    if len(live) > 1:
+        raise FormatError(
+            f"--teacher {live[1]}: {live[0]} runs along already; one model and any number of captures (percard capture)"
+        )
+    return (live[0] if live else None), captured
 
 
 def _objective(wish: Wish, usual: str) -> Objective:
     return Objective(wish.loss or usual, wish.beta, wish.temperature, wish.hard)
 
 
-def _from_capture(student: Checkpoint, found: walk.Map, folder: Path, wish: Wish) -> Plan:
-    """What a captured teacher allows: topk at temperature 1, or its text alone."""
-    capture = Capture.open(folder, student.path, verify=False)
-    objective = _objective(wish, "topk" if capture.k else "none")
+def _longest(captures: Sequence[Capture], positions: int | None, whose: str) -> int:
+    """Tokens of the longest window; FormatError when it has more than the positions of the models."""
+    for capture in captures:
+        longest = int(capture.lengths.max(initial=0))
+        if positions and longest > positions:
+            raise FormatError(
+                f"{capture.folder}: has windows of {longest} tokens, {whose} {positions} positions; capture shorter ones"
+            )
+    return max((int(capture.lengths.max(initial=0)) for capture in captures), default=0)
+
+
+def _too_few(captures: Sequence[Capture], wish: Wish) -> FormatError:
+    folders, windows = ", ".join(str(c.folder) for c in captures), sum(len(c) for c in captures)
+    return FormatError(f"{folders}: {windows} windows, less than one batch of {wish.batch}; take a smaller --batch")
+
+
+def _from_captures(student: Checkpoint, found: walk.Map, captures: tuple[Capture, ...], wish: Wish) -> Plan:
+    """What captured teachers allow: topk at temperature 1, or their text alone."""
+    first, soft = captures[0], [capture for capture in captures if capture.k]
+    folders = ", ".join(str(capture.folder) for capture in captures)
+    are = "is a capture" if len(captures) == 1 else "are captures"
+    objective = _objective(wish, "topk" if soft else "none")
     if wish.data is not None:
-        raise FormatError(f"--data {wish.data}: {folder} is a capture and brings its own text; leave --data out")
-    if objective.kind not in ("topk", "none") or (objective.kind == "topk" and not capture.k):
-        able = "topk, or none with --hard 1" if capture.k else "none with --hard 1: it keeps the text alone"
-        raise FormatError(f"--loss {objective.kind}: {folder} is a capture; it serves {able}")
+        raise FormatError(
+            f"--data {wish.data}: {folders} {are} and bring{'s its' if len(captures) == 1 else ' their'} own text; leave --data out, "
+            "or add a model with --teacher"
+        )
+    if objective.kind not in ("topk", "none") or (objective.kind == "topk" and not soft):
+        able = "topk, or none with --hard 1" if soft else "none with --hard 1: it keeps the text alone"
+        raise FormatError(f"--loss {objective.kind}: {folders} {are}; it serves {able}")
     if objective.kind == "none" and not wish.hard:
-        raise FormatError(f"{folder}: keeps no probabilities, so there is nothing to train on; add --hard 1")
+        raise FormatError(f"{folders}: keeps no probabilities, so there is nothing to train on; add --hard 1")
     if wish.temperature != 1:
         raise FormatError(
             f"--temperature {wish.temperature:g}: a capture holds temperature 1; what the rest weighs at another is not in it"
         )
     if wish.hidden is not None:
-        raise FormatError(
-            f"--hidden {wish.hidden}: {folder} is a capture and has no hidden states; take a live teacher"
-        )
-    positions, longest = student.config.get("max_position_embeddings"), int(capture.lengths.max(initial=0))
-    if positions and longest > positions:
-        raise FormatError(
-            f"{folder}: has windows of {longest} tokens, the student {positions} positions; capture shorter ones"
-        )
-    if len(capture) < wish.batch:
-        raise FormatError(
-            f"{folder}: {len(capture)} windows, less than one batch of {wish.batch}; take a smaller --batch"
-        )
+        raise FormatError(f"--hidden {wish.hidden}: {folders} {are} and has no hidden states; take a live teacher")
+    longest = _longest(captures, student.config.get("max_position_embeddings"), "the student")
+    if sum(len(capture) for capture in captures) < wish.batch:
+        raise _too_few(captures, wish)
     head = int(student.config["vocab_size"])
-    if capture.vocab > head:
-        raise FormatError(f"{folder}: was captured over {capture.vocab} tokens, the student's head has {head} rows")
-    text = str(folder.name)
-    return Plan(student, capture, found, wish, objective, capture.vocab, longest, (_parameters(student), 0), None, text)
+    for capture in captures:
+        if capture.vocab > head:
+            raise FormatError(
+                f"{capture.folder}: was captured over {capture.vocab} tokens, the student's head has {head} rows"
+            )
+        if capture.vocab != first.vocab:
+            raise FormatError(
+                f"{capture.folder}: was captured over {capture.vocab} tokens, {first.folder} over {first.vocab}; "
+                "capture both with one tokenizer"
+            )
+    text = " + ".join(capture.folder.name for capture in captures)
+    made = Plan(
+        student, soft[0] if soft else first, found, wish, objective, first.vocab, longest, (_parameters(student), 0), None, text,
+        captures=captures,
+    )  # fmt: skip
+    return dataclasses.replace(made, warnings=tuple(_mixed(made)))
+
+
+def _mixed(planned: Plan) -> Iterator[str]:
+    """What differs between captures that are trained on together."""
+    teachers = {capture.facts["teacher"]["sha256"]: capture for capture in planned.captures}
+    if len(teachers) > 1:
+        yield f"{planned.text}: from {len(teachers)} teachers; the student learns something between them"
+    if not planned.k:
+        return
+    for capture in planned.captures:
+        if not capture.k:
+            yield f"{capture.folder.name}: keeps no probabilities; its tokens count as sure (cross-entropy)"
+        elif capture.k > planned.k:
+            yield f"{capture.folder.name}: keeps {capture.k} tokens of a position, {planned.k} are read as of the others; what is behind joins the rest"
 
 
 def _open(folder: Path, role: str) -> tuple[Checkpoint, walk.Map]:
@@ -239,79 +328,3 @@ def _open(folder: Path, role: str) -> tuple[Checkpoint, walk.Map]:
 
 def _parameters(source: Checkpoint) -> int:
     return sum(int(np.prod(i.shape)) for i in source.tensors.values())
-
-
-def shared_vocabulary(student: Checkpoint, teacher: Checkpoint) -> int:
-    """Ids 0 to n - 1 that mean the same on both sides; rows of a head behind them are padding and get no probability.
-
-    FormatError names the first token that differs, or the tokenizer that is missing or larger than its head.
-    """
-    heads = [int(source.config["vocab_size"]) for source in (student, teacher)]
-    files = [source.path / vocabulary.FILE for source in (student, teacher)]
-    try:
-        ours, theirs = (Words.of(source.path) for source in (student, teacher))
-    except FormatError:
-        # Text could not be read with it, but data may be ids, and the same file is the same tokenizer.
-        if all(path.is_file() for path in files) and files[0].read_bytes() == files[1].read_bytes():
-            return min(heads)
-        raise
-    theirs.must_agree(ours)
-    count = min(len(ours), len(theirs))
-    for words, head in ((ours, heads[0]), (theirs, heads[1])):
-        if count > head:
-            raise FormatError(
-                f"{words.path}: {len(words)} tokens, the model's head has {head} rows; it belongs to another model"
-            )
-    return count
-
-
-def _pairs(text: str, student: Checkpoint, teacher: Checkpoint) -> tuple[tuple[int, int], ...]:
-    """Which block of the student is held against which of the teacher."""
-    counts = [int(source.config["num_hidden_layers"]) for source in (student, teacher)]
-    known = _kept(student, counts)
-    found = []
-    for word in text.split(","):
-        ours, colon, theirs = word.partition(":")
-        if not ours.strip().isdigit() or (colon and not theirs.strip().isdigit()):
-            raise FormatError(
-                f"--hidden-blocks {text}: {word!r} is no block; write 3,7 or student:teacher as in 3:4,7:9"
-            )
-        if not colon and known is None:
-            raise FormatError(
-                f"--hidden-blocks {text}: which of the teacher's {counts[1]} blocks belongs to one of the student's {counts[0]} "
-                "is not known (no prune.json of it); write student:teacher, such as 3:4"
-            )
-        mine = int(ours)
-        if mine < counts[0]:
-            other = int(theirs) if colon else (known or [])[mine]
-        if mine >= counts[0] or other >= counts[1]:
-            raise FormatError(
-                f"--hidden-blocks {text}: {word!r}, the student has blocks 0 to {counts[0] - 1}, the teacher 0 to {counts[1] - 1}"
-            )
-        found.append((mine, other))
-    return tuple(found)
-
-
-def _kept(student: Checkpoint, counts: list[int]) -> list[int] | None:
-    """The teacher's block of each of the student's: from prune.json, or the same numbers where there are as many."""
-    path = student.path / PRUNED
-    if path.is_file():
-        try:
-            kept: Any = json.loads(path.read_text(encoding="utf-8")).get("kept_layers")
-        except (ValueError, AttributeError):
-            raise FormatError(f"{path}: not a report of percard prune; remove it, or prune again") from None
-        if isinstance(kept, list) and len(kept) == counts[0] and max(kept, default=0) < counts[1]:
-            return [int(i) for i in kept]
-    return list(range(counts[0])) if counts[0] == counts[1] else None
-
-
-def pruning_of(source: Checkpoint) -> Mapping[str, Any]:
-    """Pruning that this checkpoint went through, empty when it did not."""
-    path = source.path / PRUNED
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from . import output, report
-from .distill_plan import Plan, pruning_of
+from .distill_match import pruning_of
+from .distill_plan import Plan
 
 NAME, PICTURE = "distill.json", "distill-loss.png"
 POINTS = 2000  # of the curve in the report

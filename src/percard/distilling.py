@@ -17,7 +17,10 @@ from . import console
 def distill(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Folder of a 16-bit checkpoint, or a hub id.")],
     teacher: Annotated[
-        str, typer.Option(help="Folder or hub id of what it learns from, or a folder of percard capture.")
+        list[str],
+        typer.Option(
+            help="Folder or hub id of what it learns from, or a folder of percard capture. Several: captures, and at most one model."
+        ),
     ],
     data: Annotated[
         str | None, typer.Option(help="Text to train on: .jsonl, a text file, hf:NAME. A capture brings its own.")
@@ -68,7 +71,7 @@ def distill(
         from .hub import source
         from .quant.distill_plan import Wish
 
-        ours, theirs = source(student), source(teacher)
+        ours, theirs = source(student), [source(folder) for folder in teacher]
         wish = Wish(
             data, loss, beta, temperature, hard, hidden, hidden_blocks, hidden_weight, steps,
             None if tokens is None else _whole(tokens), seq_len, batch, micro, lr, decay, every, seed, checkpointing,
@@ -102,7 +105,7 @@ def _whole(tokens: float) -> int:
     return int(tokens)
 
 
-def _planned(student: Path, teacher: Path, wish: Any) -> dict[str, Any]:
+def _planned(student: Path, teacher: list[Path], wish: Any) -> dict[str, Any]:
     from .quant.distill_plan import plan
 
     planned = plan(student, teacher, wish)
@@ -112,7 +115,7 @@ def _planned(student: Path, teacher: Path, wish: Any) -> dict[str, Any]:
 
 def _trained(
     student: Path,
-    teacher: Path,
+    teacher: list[Path],
     out: Path,
     wish: Any,
     text: Path | None,

@@ -105,6 +105,7 @@ DISTILL = """Train the checkpoint STUDENT to say what a teacher says; OUT is an 
   percard distill out/child --teacher ./Qwen3-8B --data mix.jsonl --text held.txt --out out/student    KL before and after
   percard distill out/child --teacher T --data F --hidden cosine --hidden-blocks 7,15 --out out/student
   percard distill out/child --teacher out/capture --out out/student               from what percard capture wrote down
+  percard distill out/child --teacher out/capture --teacher out/written --out out/student    from several captures together
   torchrun --nproc-per-node 8 -m percard distill out/child --teacher T --data F --out out/student      split by FSDP2
 
 Losses: fkl (forward KL, the default), rkl, jsd with --beta, --hard W times cross-entropy beside it, hidden states. Both models
