@@ -207,8 +207,8 @@ struct AttentionPrefill {
     float scale, softcap;
 };
 
-// loss[i] = weight[i] * (t^2 * divergence of z_s[i] from the teacher + hard * cross-entropy of labels[i]); z_s[i]
-// becomes the gradient of that. kernels/distill_loss/__init__.py has the formulas.
+// loss[i] = weight[i] * (t^2 * divergence of z_s[i] from the teacher, cross-entropy of labels[i]); z_s[i] becomes the
+// gradient of the first plus hard times the second. kernels/distill_loss/__init__.py has the formulas.
 struct DistillLoss {
     void* z_s;              // s_dtype [n, v], rows stride_s apart
     const float* weight;    // [n]; 0: the row counts nothing
@@ -217,7 +217,7 @@ struct DistillLoss {
     const float* logp;      // [n, k]
     const float* log_rest;  // [n]
     const int64_t* labels;  // [n] or null; outside of 0 .. vocab - 1: none
-    float* loss;            // [n]
+    float* loss;            // [n, 2]
     int64_t n, v, vocab, k, stride_s, stride_t;
     int s_dtype, t_dtype;
     int kind;  // 0 forward KL, 1 reverse KL, 2 generalised JSD, 3 kept ids

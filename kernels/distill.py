@@ -2,7 +2,7 @@
 student's logits into their gradient, that is multiplied back, and forgotten: the logits of a batch are never there at once.
 
     for each chunk of counted tokens:      z_s = x_s w_s^T    z_t = x_t w_t^T        torch
-                                           loss += D(z_s, z_t),  z_s := dz            the op distill_loss
+                                           parts += D(z_s, z_t),  z_s := dz           the op distill_loss
                                            dx_s = dz w_s      dw_s += dz^T x_s       torch
 
 Gradients come with the loss, so an autograd.Function has only to hand them on, times what flows in. The pattern is Liger-Kernel's
@@ -24,11 +24,13 @@ _WHOLE_TILES = 16  # a chunk is a multiple of so many tokens, where it has as ma
 
 
 class Distilled(NamedTuple):
-    """loss [] fp32; dx_s [N, Hs] in the type of x_s; dw_s [V, Hs] fp32, or None. float64 where x_s is."""
+    """loss [] fp32; dx_s [N, Hs] in the type of x_s; dw_s [V, Hs] fp32, or None; parts fp32 [2]: T^2 D and cross-entropy alone, where
+    there are labels; loss is the first plus `hard` times the second. float64 where x_s is."""
 
     loss: torch.Tensor
     dx_s: torch.Tensor
     dw_s: torch.Tensor | None
+    parts: torch.Tensor
 
 
 @torch.no_grad()
@@ -54,16 +56,17 @@ def distill_loss(
     """T^2 D(teacher, student) + hard * cross-entropy, the mean over the tokens that `mask` counts, with its gradients.
 
     x_s [N, Hs], w_s [V, Hs] of one type bf16 | fp16 | fp32; the teacher is x_t [N, Ht], w_t [V', Ht] of one type, or topk = (ids [N, k],
-    logp [N, k], log_rest [N]) with T = 1 and kind "topk", or nothing: cross-entropy alone. mask [N]: bool or weights, None counts
+    logp [N, k], log_rest [N]) with T = 1 and kind "topk", or nothing: cross-entropy of the labels alone. mask [N]: bool or weights, None counts
     all; labels int [N], negative for none. vocab: real ids, at most V and V'; rows of the heads past them have no mass and get no
     gradient. count: what the sum is divided by, None for the sum of the mask; a micro-batch names the count of its whole batch.
     chunk_bytes: memory for logits. Tokens that do not count are not multiplied, and may hold NaN; none at all give loss 0 and
     zero gradients. Waits once for the device, for which tokens count. ValueError names what does not fit.
     """
-    _check(x_s, w_s, x_t, w_t, mask, topk, labels, hard, chunk_bytes)
+    _check(x_s, w_s, x_t, w_t, mask, topk, labels, chunk_bytes)
     tokens, exact = x_s.shape[0], torch.float64 if x_s.dtype == torch.float64 else torch.float32
     if vocab is None:
         vocab = w_s.shape[0] if w_t is None else min(w_s.shape[0], w_t.shape[0])
+    pulls = x_t is not None or topk is not None or hard > 0  # else the cross-entropy is only told
     if x_t is None:
         if topk is not None and kind not in ("fkl", "topk"):
             raise ValueError(f"{rows_loss.name}: kind is {kind!r}, a top-k cache serves 'topk' only")
@@ -72,7 +75,7 @@ def distill_loss(
     weight = torch.ones(tokens, dtype=exact, device=x_s.device) if mask is None else mask.to(exact)
     rows = None if mask is None else weight.nonzero()[:, 0]
     weight = weight / (weight.sum() if count is None else count)
-    loss = torch.zeros((), dtype=exact, device=x_s.device)
+    parts = torch.zeros(2, dtype=exact, device=x_s.device)
     dx = torch.zeros_like(x_s, memory_format=torch.contiguous_format)
     dw = torch.zeros(w_s.shape, dtype=exact, device=x_s.device) if need_dw else None
 
@@ -83,14 +86,16 @@ def distill_loss(
         for at in _chunks(rows, counted, step):
             x = x_s[at]
             z_s, z_t = _logits(x, w_s, room[0]), None if x_t is None else _logits(x_t[at], w_t, room[1])
-            loss += rows_loss(
+            parts += rows_loss(
                 z_s, weight[at], z_t, None if topk is None else tuple(t[at] for t in topk),
                 None if labels is None else labels[at], kind, beta, T, vocab, hard, impl=impl,
-            ).sum()  # fmt: skip
+            ).sum(0)  # fmt: skip
+            if not pulls:
+                continue
             dx[at] = z_s @ w_s
             if dw is not None:
                 _add_product(dw, z_s, x, chunk_bytes // 8)
-    return Distilled(loss, dx, dw)
+    return Distilled(parts[0] + hard * parts[1], dx, dw, parts)
 
 
 def _chunk(counted: int, w_s: torch.Tensor, w_t: torch.Tensor | None, chunk_bytes: int) -> int:
@@ -137,15 +142,14 @@ def _check(
     mask: torch.Tensor | None,
     topk: TopK | None,
     labels: torch.Tensor | None,
-    hard: float,
     chunk_bytes: int,
 ) -> None:
     """What is not the op's own to check: states and heads that belong together, one teacher at most."""
     name = rows_loss.name
     if (x_t is None) != (w_t is None) or (x_t is not None and topk is not None):
         raise ValueError(f"{name}: a teacher is x_t and w_t, or topk; pass one of them")
-    if x_t is None and topk is None and (labels is None or not hard):
-        raise ValueError(f"{name}: no teacher and no labels with hard above 0; there is nothing to learn from")
+    if x_t is None and topk is None and labels is None:
+        raise ValueError(f"{name}: no teacher and no labels; there is nothing to learn from")
     if chunk_bytes < 1:
         raise ValueError(f"{name}: chunk_bytes is {chunk_bytes}, expected at least 1")
     for who, x, w in (("s", x_s, w_s), ("t", x_t, w_t)):

@@ -8,7 +8,7 @@
             m = beta p + (1 - beta) q
     topk    KL over k kept ids and one bucket for all others              dD/da = q - p;  others  q (1 - p_rest / q_rest)
 
-    loss[i] = weight[i] (T^2 D + hard * cross-entropy of labels[i] at T = 1)        z_s[i] = d loss[i] / d z_s[i]
+    loss[i] = weight[i] (T^2 D, cross-entropy of labels[i] at T = 1)        z_s[i] = d (loss[i, 0] + hard * loss[i, 1]) / d z_s[i]
 
 A row of weight 0 counts nothing whatever it holds. A logit that is not finite makes its own row NaN and no other. fp32 inside.
 kernels/distill.py puts the two products with the heads around it, so that the logits of a batch are never there at once: the way of

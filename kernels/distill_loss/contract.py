@@ -1,8 +1,8 @@
-"""distill_loss(z_s, weight, z_t | topk=(ids, logp, log_rest), labels=None, kind, beta, T, vocab, hard) -> loss fp32 [N]; z_s becomes dz.
+"""distill_loss(z_s, weight, z_t | topk=(ids, logp, log_rest), labels=None, kind, beta, T, vocab, hard) -> loss fp32 [N, 2]; z_s becomes dz.
 
 z_s [N, V] bf16 | fp16 | fp32 (float64: the reference alone), written in place; z_t [N, V'] of any of these types; rows of any stride,
 their last 1. weight fp32 [N]: what a row counts, mask / N; 0 is not looked at. labels int [N]: an id that is negative or not below
-vocab has no cross-entropy. Kept ids are distinct; those outside of 0 .. vocab - 1 are left out. The teacher's kept probabilities and
+vocab has no cross-entropy. loss: divergence and cross-entropy of a row, times its weight; dz: of the first plus hard times the second. Kept ids are distinct; those outside of 0 .. vocab - 1 are left out. The teacher's kept probabilities and
 log_rest are scaled to sum to 1 (a cache in fp16 is off by up to 2e-3). vocab None: the smaller V. ValueError names what does not fit.
 """
 
@@ -118,7 +118,7 @@ def _check_teacher(a: Distill, rows: int) -> None:
 
 def out_like(*flat: Any) -> torch.Tensor:
     a = Distill(*flat)
-    return torch.empty(a.z_s.shape[0], dtype=a.weight.dtype, device=a.z_s.device)
+    return torch.empty(a.z_s.shape[0], 2, dtype=a.weight.dtype, device=a.z_s.device)
 
 
 def written(*flat: Any) -> tuple[torch.Tensor]:
@@ -161,7 +161,8 @@ def tolerance(want: tuple[torch.Tensor, ...], *flat: Any) -> tuple[torch.Tensor,
     most = torch.nan_to_num(dz.double()).abs().amax(1, keepdim=True)
     slack = (by * (a.T + a.hard))[:, None] + 1e-4 * most
     exact = torch.float32 if dz.dtype == torch.float64 else dz.dtype
-    return (1e-5 * loss.abs().double() + by * (a.T**2 + a.hard)), slack + ulp(dz.to(exact))
+    by_part = torch.stack((by * a.T**2, by), 1)
+    return 1e-5 * loss.abs().double() + by_part, slack + ulp(dz.to(exact))
 
 
 def _floats(a: Distill) -> str | None:

@@ -86,10 +86,11 @@ Sum sum_of(const float* x, float scale, int64_t count) {
 }
 
 // The cross-entropy of a label at T = 1, and what it adds to a gradient: `by` times softmax, less `by` at the label.
+// Without `hard` it adds nothing, and is there for who wants to know it.
 struct Hard {
     float t;
     Sum sum;
-    int64_t label;  // -1: none
+    int64_t label;  // -1: adds nothing
     float by;
     double loss;
 
@@ -103,11 +104,13 @@ struct Hard {
 
 Hard hard_of(const DistillLoss& a, int64_t i, const float* x, const Sum& at_t) {
     Hard hard{a.t, at_t, -1, 0.0f, 0.0};
-    if (a.labels == nullptr || a.hard == 0.0f || a.labels[i] < 0 || a.labels[i] >= a.vocab) return hard;
+    if (a.labels == nullptr || a.labels[i] < 0 || a.labels[i] >= a.vocab) return hard;
+    const int64_t label = a.labels[i];
     if (a.t != 1.0f) hard.sum = sum_of(x, a.t, a.vocab);
-    hard.label = a.labels[i];
+    hard.loss = hard.sum.log() - (static_cast<double>(x[label]) * a.t - hard.sum.most);
+    if (a.hard == 0.0f) return hard;
+    hard.label = label;
     hard.by = a.hard * a.weight[i];
-    hard.loss = a.hard * (hard.sum.log() - (static_cast<double>(x[hard.label]) * a.t - hard.sum.most));
     return hard;
 }
 
@@ -298,10 +301,12 @@ float* floats(const void* z, int64_t at, int dtype, const DistillLoss& a, Slot s
     return x;
 }
 
-float row(const DistillLoss& a, int64_t i) {
+void row(const DistillLoss& a, int64_t i) {
     const float weight = a.weight[i];
+    float* loss = a.loss + 2 * i;
     fill(a, i, weight == 0.0f ? 0 : a.vocab, a.v, 0.0f);
-    if (weight == 0.0f) return 0.0f;
+    loss[0] = loss[1] = 0.0f;
+    if (weight == 0.0f) return;
     Pair pair{};
     float* s = floats(a.z_s, i * a.stride_s, a.s_dtype, a, kSlotX);
     pair.s = pair.t = s;
@@ -313,7 +318,8 @@ float row(const DistillLoss& a, int64_t i) {
     }
     if (!pair.of_s.finite || !pair.of_t.finite) {
         fill(a, i, 0, a.vocab, __builtin_nanf(""));
-        return __builtin_nanf("");
+        loss[0] = loss[1] = __builtin_nanf("");
+        return;
     }
     const double beta = a.beta;
     if (a.kind == 2) {
@@ -331,14 +337,15 @@ float row(const DistillLoss& a, int64_t i) {
     if (a.s_dtype != kFloat32)
         for (int64_t k = 0; k < a.vocab; k += 16)
             store_part(a.z_s, i * a.stride_s + k, a.s_dtype, part_of(s, k, min_of(16, a.vocab - k)), a.vocab - k);
-    return static_cast<float>(weight * (static_cast<double>(a.t) * a.t * d + hard.loss));
+    loss[0] = static_cast<float>(weight * (static_cast<double>(a.t) * a.t * d));
+    loss[1] = static_cast<float>(weight * hard.loss);
 }
 
 }  // namespace distill
 
 void distill_loss(const DistillLoss& a) {
     parallel(a.n, a.vocab * 3.0 + 100, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) a.loss[i] = distill::row(a, i);
+        for (int64_t i = begin; i < end; ++i) distill::row(a, i);
     });
 }
 

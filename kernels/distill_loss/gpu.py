@@ -15,7 +15,7 @@ from ..device import Card
 from ..tiles import FUSION, Launch, runner
 from . import contract
 
-OP_VERSION = 1  # raised when a kernel changes so that tuned entries of the one before mean nothing
+OP_VERSION = 2  # raised when a kernel changes so that tuned entries of the one before mean nothing
 
 
 @triton.jit
@@ -58,9 +58,10 @@ def distill_loss_kernel(
     T, inv_t, beta, log_beta, log_rest, hard,
     KIND: tl.constexpr, HAS_LABELS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """loss = weight (T^2 D + hard * cross-entropy); s becomes its gradient. KIND 0 forward KL, 1 reverse KL, 2 JSD.
+    """loss = weight (T^2 D, cross-entropy); s becomes the gradient of T^2 D + hard * cross-entropy. KIND 0 forward KL, 1 reverse KL,
+    2 JSD.
 
-    s [N, V] bf16 | fp16 | fp32, rows stride_s apart, in place; t [N, >= VOCAB], rows stride_t apart; weight, loss fp32 [N]; label
+    s [N, V] bf16 | fp16 | fp32, rows stride_s apart, in place; t [N, >= VOCAB], rows stride_t apart; weight fp32 [N], loss fp32 [N, 2]; label
     int64 [N]. log_beta, log_rest: ln beta and ln(1 - beta).
 
         s   [ BLOCK_V | BLOCK_V | ... | BLO. : past VOCAB ]     program i: row i. Sums, then D, then the gradient over s;
@@ -87,7 +88,7 @@ def distill_loss_kernel(
         label = tl.where((label >= 0) & (label < last), label, -1)
         top_1, sum_1, _, _ = _row_sum(s_row, 1.0, last, BLOCK_V)
         right = tl.load(s_row + label, mask=label >= 0, other=0.0).to(tl.float32)
-        cross = tl.where(label >= 0, hard * (tl.log(sum_1) - (right - top_1)), 0.0)
+        cross = tl.where(label >= 0, tl.log(sum_1) - (right - top_1), 0.0)
     add = tl.where(label >= 0, weight * hard, 0.0)
 
     one = tl.zeros((BLOCK_V,), dtype=tl.float32)
@@ -133,7 +134,8 @@ def distill_loss_kernel(
         d = mean - apart
     else:
         d = beta * (tl.sum(two, axis=0) / sum_t - log_beta) + (1.0 - beta) * (mean - log_rest)
-    tl.store(loss_ptr + i, tl.where(weight != 0.0, weight * (T * T * d + cross) + bad, 0.0))
+    tl.store(loss_ptr + 2 * i, tl.where(weight != 0.0, weight * (T * T * d) + bad, 0.0))
+    tl.store(loss_ptr + 2 * i + 1, tl.where(weight != 0.0, weight * cross + bad, 0.0))
 
 
 @triton.jit
@@ -144,10 +146,10 @@ def distill_loss_topk_kernel(
     hard,
     HAS_LABELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """loss = weight (KL over kept ids and a bucket for the others + hard * cross-entropy); s becomes its gradient.
+    """loss = weight (KL over kept ids and a bucket for the others, cross-entropy); s becomes the gradient of KL + hard * cross-entropy.
 
-    s [N, V] bf16 | fp16 | fp32, rows stride_s apart, in place; ids int32, logp fp32 [N, K]; log_rest, weight, loss fp32 [N]; label
-    int64 [N].
+    s [N, V] bf16 | fp16 | fp32, rows stride_s apart, in place; ids int32, logp fp32 [N, K]; log_rest, weight fp32 [N], loss fp32
+    [N, 2]; label int64 [N].
 
         s   [ .  *  .  .  *  .  .  .  *  . ]     * kept: taken out into registers and -Inf put there, so that one loop sums the
                                                  others and one writes c e^x over them; then * get what is theirs
@@ -190,7 +192,7 @@ def distill_loss_topk_kernel(
     log_q_rest = tl.log(tl.where(has_rest, left, 1.0)) + (most - top) - tl.log(sum_q)
     d += tl.where(p_rest > 0.0, p_rest * (log_p_rest - tl.log(sum_p) - log_q_rest), 0.0)
     add = tl.where(label >= 0, weight * hard, 0.0)
-    cross = tl.where(label >= 0, hard * (tl.log(sum_q) - (right - top)), 0.0)
+    cross = tl.where(label >= 0, tl.log(sum_q) - (right - top), 0.0)
 
     to_q = tl.exp(most - top) / sum_q  # softmax of the others is e^(x - most) to_q
     to_p = tl.where(has_rest, p_rest / tl.where(has_rest, left, 1.0), 0.0)
@@ -204,7 +206,8 @@ def distill_loss_topk_kernel(
     tl.debug_barrier()
     dz = weight * (q - p) + add * (q - tl.where(ids == label, 1.0, 0.0)) + bad
     tl.store(s_row + ids, dz.to(s_ptr.dtype.element_ty), mask=kept)
-    tl.store(loss_ptr + i, tl.where(weight != 0.0, weight * (d + cross) + bad, 0.0))
+    tl.store(loss_ptr + 2 * i, tl.where(weight != 0.0, weight * d + bad, 0.0))
+    tl.store(loss_ptr + 2 * i + 1, tl.where(weight != 0.0, weight * cross + bad, 0.0))
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Te
     n, v = a.z_s.shape
     loss = contract.out_like(*flat)
     config = config or config_for(tuning.Shape(n, 0, v, v, a.z_s.dtype), card)
-    labels = a.labels is not None and a.hard > 0
+    labels = a.labels is not None
     options = {
         "HAS_LABELS": labels,
         "BLOCK_V": config.block_v,
@@ -246,9 +249,9 @@ def plan(card: Card, *flat: Any, config: Config | None = None) -> tuple[torch.Te
     given = a.labels if labels else a.weight
     if a.z_t is None:
         k = a.ids.shape[1]  # type: ignore[union-attr]
-        args = (a.z_s, a.ids, a.logp, a.log_rest, a.weight, given, loss, v, a.vocab, k, a.z_s.stride(0), a.hard)
+        kept = (a.z_s, a.ids, a.logp, a.log_rest, a.weight, given, loss, v, a.vocab, k, a.z_s.stride(0), a.hard)
         options = {"BLOCK_K": max(triton.next_power_of_2(k), 16)} | options
-        return loss, [Launch(distill_loss_topk_kernel, (n,), args, options)]
+        return loss, [Launch(distill_loss_topk_kernel, (n,), kept, options)]
     beta = torch.tensor(a.beta, dtype=torch.float64)
     logs = float(beta.log()), float((1 - beta).log())
     args = (

@@ -46,15 +46,15 @@ def _kept(a: Any, lq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run(*flat: Any) -> torch.Tensor:
     a = Distill(*flat)
-    z, w = a.z_s[:, : a.vocab].double(), a.weight.double()
-    loss, dz = (x * f for x, f in zip(divergence(a), (a.T**2, a.T), strict=True))
-    if a.labels is not None and a.hard:
-        inside = (a.labels >= 0) & (a.labels < a.vocab)
-        right = torch.zeros_like(z).scatter_(1, torch.where(inside, a.labels, 0)[:, None], 1.0)
-        lq = torch.log_softmax(z, 1)
-        loss = loss - a.hard * torch.where(inside, (lq * right).sum(1), 0.0)
-        dz = dz + a.hard * torch.where(inside[:, None], lq.exp() - right, 0.0)
-    finite = (z.isfinite() & (True if a.z_t is None else a.z_t[:, : a.vocab].isfinite())).all(1)
-    loss, dz = torch.where(finite, loss, torch.nan), torch.where(finite[:, None], dz, torch.nan)
-    a.z_s.zero_()[:, : a.vocab] = torch.where(w[:, None] == 0, 0.0, w[:, None] * dz).to(a.z_s.dtype)
-    return torch.where(w == 0, 0.0, w * loss).to(a.weight.dtype)
+    z, w = a.z_s[:, : a.vocab].double(), a.weight.double()[:, None]
+    d, dz = (x * f for x, f in zip(divergence(a), (a.T**2, a.T), strict=True))
+    labels = torch.full_like(a.weight, -1).long() if a.labels is None else a.labels
+    inside = (labels >= 0) & (labels < a.vocab)
+    right = torch.zeros_like(z).scatter_(1, torch.where(inside, labels, 0)[:, None], 1.0)
+    lq = torch.log_softmax(z, 1)
+    dz = dz + a.hard * torch.where(inside[:, None], lq.exp() - right, 0.0)
+    finite = (z.isfinite() & (True if a.z_t is None else a.z_t[:, : a.vocab].isfinite())).all(1, keepdim=True)
+    told = (torch.stack((d, -torch.where(inside, (lq * right).sum(1), 0.0)), 1), dz)
+    loss, dz = (torch.where(w == 0, 0.0, torch.where(finite, w * x, torch.nan)) for x in told)
+    a.z_s.zero_()[:, : a.vocab] = dz.to(a.z_s.dtype)
+    return loss.to(a.weight.dtype)
