@@ -1,19 +1,17 @@
 """What a student is trained on: divergences from the teacher over chunks of tokens, so that no step holds all logits.
 
-    fkl    sum p log(p/q)                                        dz = T/N (q - p)
-    rkl    sum q log(q/p)                                        dz = T/N q (r - sum q r),  r = log(q/p)
-    jsd    beta KL(p, m) + (1 - beta) KL(q, m),  m = beta p + (1 - beta) q      the same, r = (1 - beta) log(q/m)
-    topk   KL over the kept ids and one bucket for the rest      dz = T/N: kept q_i - p_i, rest q_i (1 - p_rest/q_rest)
+    fkl    sum p log(p/q)
+    rkl    sum q log(q/p)
+    jsd    beta KL(p, m) + (1 - beta) KL(q, m),  m = beta p + (1 - beta) q
+    topk   KL over the kept ids and one bucket for the rest
 
 p and q are teacher and student softmax of z/T over the vocabulary that both share, T^2 outside, mean over the N tokens that
 count. fkl and rkl: Hinton et al. 2015, arXiv 1503.02531, and Gu et al. 2023, arXiv 2306.08543; generalised JSD: Agarwal et al.
-2023, arXiv 2306.13649. That gradients are computed in the forward pass, chunk by chunk, is Liger-Kernel's idea
-(arXiv 2410.10989).
+2023, arXiv 2306.13649. kernels/distill.py computes them with their gradients; here they become a part of a training step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..kernels.distill import CHUNK_BYTES, distill_loss
+
 LOSSES = ("fkl", "rkl", "jsd", "topk", "none")
-CHUNK_BYTES = 256 << 20  # what the logits of teacher and student for one chunk of tokens may take
-_TINY = 1e-30  # a probability below it counts as that much: log stays finite, products with it are 0
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,14 @@ def distill_objective(
 
     x [N, Hs] and head w [>= vocab, Hs] of the student; labels int64 [N]; counted bool [N]. Rows of either head behind `vocab`
     are padding: left out on both sides, which is -inf. `total`: tokens that count in the whole batch, of which these may be a
-    part, so that losses and gradients of parts add up. dtype: of the two products with the heads; sums are fp32.
+    part, so that losses and gradients of parts add up. dtype: of the products with the heads; sums are fp32. Unsupported where
+    no body of distill_loss serves the device.
     """
-    loss, parts = _Chunked.apply(x, w, target, labels, counted, objective, vocab, total, dtype)
+    loss, parts = _Fused.apply(x, w, target, labels, counted, objective, vocab, total, dtype)
     return loss, parts
 
 
-class _Chunked(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     """Loss and gradients in one pass; backward only scales them."""
 
     @staticmethod
@@ -100,91 +99,35 @@ class _Chunked(torch.autograd.Function):
         total: int,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        head = w[:vocab].to(dtype)
-        theirs = target.w[:vocab].to(dtype) if isinstance(target, Dense) else None
-        dx = torch.zeros_like(x, dtype=torch.float32) if want_x else None
-        dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if want_w else None
-        parts = torch.zeros(2, dtype=torch.float32, device=x.device)
-        where = counted.nonzero()[:, 0]
-        step = max(1, CHUNK_BYTES // (2 * vocab * 4))
-        with torch.autocast(x.device.type, enabled=False):
-            for index in where.split(step):
-                rows = x[index].to(dtype)
-                z = (rows @ head.T).float()
-                if isinstance(target, Dense):
-                    assert theirs is not None
-                    soft, dz = divergence(z, (target.x[index].to(dtype) @ theirs.T).float(), objective)
-                elif isinstance(target, TopK):
-                    kept = TopK(target.ids[index].long(), target.logp[index].float(), target.log_rest[index].float())
-                    soft, dz = topk_divergence(z, kept)
-                else:
-                    soft, dz = z.new_zeros(()), torch.zeros_like(z)
-                log_q = torch.log_softmax(z, dim=-1)
-                wanted = labels[index, None]
-                parts += torch.stack([soft, -log_q.gather(1, wanted).sum()])
-                if objective.hard:
-                    dz += (
-                        log_q.exp_()
-                        .scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=z.dtype))
-                        .mul_(objective.hard)
-                    )
-                dz /= total
-                if dx is not None:
-                    dx[index] = (dz.to(dtype) @ head).float()
-                if dw is not None:
-                    dw[:vocab] += (dz.to(dtype).T @ rows).float()
-        parts /= total
-        ctx.save_for_backward(dx.to(x.dtype) if dx is not None else None, dw.to(w.dtype) if dw is not None else None)
-        ctx.mark_non_differentiable(parts)
-        return parts[0] + objective.hard * parts[1], parts
+        given: dict[str, Any] = {"kind": "topk"}
+        if objective.kind == "none":  # a teacher may be here for its hidden states alone
+            pass
+        elif isinstance(target, Dense):
+            given = {"x_t": target.x.to(dtype), "w_t": target.w.to(dtype), "kind": objective.kind}
+        elif isinstance(target, TopK):
+            given |= {"topk": (target.ids, target.logp, target.log_rest)}
+        found = distill_loss(
+            x.to(dtype),
+            w.to(dtype),
+            mask=counted,
+            **given,
+            beta=objective.beta,
+            T=objective.temperature,
+            vocab=vocab,
+            labels=labels,
+            hard=objective.hard,
+            count=total,
+            chunk_bytes=CHUNK_BYTES,
+            need_dw=ctx.needs_input_grad[1],
+        )
+        ctx.save_for_backward(found.dx_s.to(x.dtype), None if found.dw_s is None else found.dw_s.to(w.dtype))
+        ctx.mark_non_differentiable(found.parts)
+        return found.loss, found.parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        dx, dw = ctx.saved_tensors
-        scale = grads[0]
-        mine = [None if g is None else (g * scale).to(g.dtype) for g in (dx, dw)]
+        mine = [None if g is None else (g * grads[0]).to(g.dtype) for g in ctx.saved_tensors]
         return (*mine, None, None, None, None, None, None, None)
-
-
-def divergence(z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum over rows of T^2 D, its gradient by z_s [N, V]) of logits [N, V]."""
-    heat = objective.temperature
-    log_q, log_p = torch.log_softmax(z_s / heat, -1), torch.log_softmax(z_t / heat, -1)
-    kind = objective.kind if objective.kind != "jsd" else {0.0: "fkl", 1.0: "rkl"}.get(objective.beta, "jsd")
-    if kind == "fkl":
-        p = log_p.exp()
-        # Ids that the teacher rules out (-inf) weigh nothing, whatever their logarithms are; a NaN stays one.
-        each = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum()
-        return heat**2 * each, log_q.exp_().sub_(p).mul_(heat)
-    q = log_q.exp()
-    if kind == "rkl":
-        r = log_q - log_p.clamp_(min=math.log(_TINY))
-        each = torch.where(q == 0, 0.0, q * r).sum(-1, keepdim=True)
-        loss = each.sum()
-    else:
-        beta = objective.beta
-        p = log_p.exp()
-        log_m = (beta * p + (1 - beta) * q).clamp_(min=_TINY).log_()
-        r = (log_q - log_m).mul_(1 - beta)
-        each = torch.where(q == 0, 0.0, q * r).sum(-1, keepdim=True)
-        loss = each.sum() + beta * torch.where(p == 0, 0.0, p * (log_p - log_m)).sum()
-    gradient = torch.where(q == 0, 0.0, q * (r - each))
-    return heat**2 * loss, gradient.mul_(heat)
-
-
-def topk_divergence(z: torch.Tensor, kept: TopK) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum over rows, gradient by z [N, V]) of KL over the kept ids [N, k] and one bucket for all others, T = 1."""
-    log_q = torch.log_softmax(z, -1)
-    q = log_q.exp()
-    theirs, mine = kept.logp.exp(), log_q.gather(1, kept.ids)
-    p_rest = kept.log_rest.exp()[:, None]
-    others = q.scatter(1, kept.ids, 0.0)
-    q_rest = others.sum(-1, keepdim=True).clamp_(min=_TINY)
-    each = torch.where(theirs == 0, 0.0, theirs * (kept.logp - mine)).sum()
-    rest = torch.where(p_rest == 0, 0.0, p_rest * (kept.log_rest[:, None] - q_rest.log())).sum()
-    dz = others.mul_(1 - p_rest / q_rest)
-    return each + rest, dz.scatter_(1, kept.ids, q.gather(1, kept.ids) - theirs)
 
 
 def hidden_loss(
