@@ -176,8 +176,8 @@ class Frame:
 
     def __init__(self, config: Mapping[str, Any], found: Map, dtype: torch.dtype, where: str) -> None:
         self.found, self.dtype, self.where = found, dtype, where
-        self.config = _hf_config(config, where)
-        self._model = _on_meta(self.config, dtype)
+        self.config = hf_config(config, where)
+        self._model = on_meta(self.config, dtype)
         self._layers = list(self._model.model.layers)
         self._recorders = [_Recorder() for _ in self._layers]
         self._model.model.layers = nn.ModuleList(self._recorders)
@@ -270,7 +270,7 @@ def check(config: Mapping[str, Any], found: Map, where: str) -> None:
     experts) and shrinks sizes only.
     """
     small = _shrunk(config)
-    hf = _hf_config(small, where)
+    hf = hf_config(small, where)
     generator = torch.Generator().manual_seed(0)
     from transformers import AutoModelForCausalLM
 
@@ -308,7 +308,7 @@ def _set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _hf_config(config: Mapping[str, Any], where: str) -> Any:
+def hf_config(config: Mapping[str, Any], where: str) -> Any:
     """transformers' own config object; never code from the checkpoint."""
     try:
         from transformers import CONFIG_MAPPING
@@ -324,7 +324,7 @@ def _hf_config(config: Mapping[str, Any], where: str) -> Any:
         raise FormatError(f"{where}/config.json: transformers does not take it ({error})") from None
 
 
-def _on_meta(config: Any, dtype: torch.dtype) -> Any:
+def on_meta(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

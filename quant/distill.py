@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError
 from ..formats.writer import Writer
-from . import distill_data, distill_models, distill_report, distill_state, output, report
+from . import distill_data, distill_models, distill_report, distill_state, output, qad_child, qad_report, report
 from .blocks import disk_names
 from .capture_cache import Capture
 from .distill_models import Student, Teacher
@@ -76,16 +77,24 @@ def run(
                 output.refuse(source, out_path, force)
             out = stack.enter_context(Output(out_path, force, fresh))
             _begin(out, planned, dtype, group)
+            if planned.qad is not None:
+                out.keep = out.keep or planned.qad.recipe is not None  # so many blocks of GPTQ need not be done again
+                qad_child.begin(planned.qad, out.work, progress)
         work = Path(group.told(None if out is None else str(out.work)))
+        start = None if planned.qad is None else qad_child.start_of(planned.qad, work)
         data = _data(planned, work)
         if data.windows < wish.batch:
             raise FormatError(f"{planned.text}: {data.windows} windows, less than one batch of {wish.batch}")
         schedule = Schedule(
-            planned.steps(data.windows), wish.batch, wish.micro or wish.batch, wish.lr, wish.decay, wish.every
+            planned.steps(data.windows), wish.batch, wish.micro or wish.batch, wish.rate, wish.decay, wish.every
         )
-        ours, theirs = _models(planned, group, dtype)
+        ours, theirs = _models(planned, group, dtype, start)
         curve, spent = train(ours, theirs, data, schedule, group, work, progress=progress, saved=_keeping(out))
-        _write(planned, ours, out, group)
+        if planned.qad is not None and start is not None:
+            qad_child.write(planned.qad, start, ours.model, None if out is None else out.folder)
+            group.wait()
+        else:
+            _write(planned, ours, out, group)
         if out is None:
             return {}
         done: dict[str, Any] = {
@@ -106,12 +115,16 @@ def run(
                 "the held-out text was not measured: a capture cannot say what it thinks of another text"
             )
         elif measure is not None:
-            pairs = {"before": planned.student.path, "after": out.folder}
+            pairs = {"before": (start or planned.student).path, "after": out.folder}
             done["quality"] = {name: measure(folder, planned.reference) for name, folder in pairs.items()}
-        note = distill_report.draw(curve, out.folder / distill_report.PICTURE)
+        name, picture = qad_report.FILES if start is not None else (distill_report.NAME, distill_report.PICTURE)
+        note = distill_report.draw(curve, out.folder / picture)
         done["warnings"] += [note] if note else []
-        output.write(out.folder / distill_report.NAME, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
-        distill_report.write_card(out.folder, done, planned)
+        output.write(out.folder / name, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
+        if planned.qad is not None and start is not None:
+            qad_report.write(planned, start, done, out, progress)
+        else:
+            distill_report.write_card(out.folder, done, planned)
         out.publish()
     return done
 
@@ -171,7 +184,9 @@ def _keeping(out: Output | None) -> Callable[[int], None]:
     return saved
 
 
-def _models(planned: Plan, group: Processes, dtype: torch.dtype) -> tuple[Student, Teacher | None]:
+def _models(
+    planned: Plan, group: Processes, dtype: torch.dtype, start: Checkpoint | None
+) -> tuple[Student, Teacher | None]:
     """Both models on their device, one process after another; no teacher where nothing is asked of it."""
     wish, hidden = planned.wish, planned.hidden
     theirs = planned.teacher
@@ -179,11 +194,15 @@ def _models(planned: Plan, group: Processes, dtype: torch.dtype) -> tuple[Studen
     student: Student | None = None
     teacher: Teacher | None = None
     for _ in group.in_turn():
-        model = distill_models.load(planned.student.path, torch.float32)
+        if planned.qad is not None and start is not None:
+            model = qad_child.load(planned.qad, start)
+        else:
+            model = distill_models.load(planned.student.path, torch.float32)
         if wish.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = Student(model, planned.objective, hidden, planned.vocab, dtype, wide)
-        distill_models.spread(student, group, dtype)
+        # Under --qad weights are gathered as they are: what is rounded then is what one process rounds.
+        distill_models.spread(student, group, dtype if start is None else torch.float32)
         if not isinstance(theirs, Capture) and (planned.objective.kind != "none" or hidden is not None):
             blocks = [other for _, other in hidden.pairs] if hidden is not None else []
             teacher = Teacher(distill_models.load(theirs.path, dtype), blocks, dtype)

@@ -14,13 +14,16 @@ import numpy as np
 
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError
-from . import distill_data, walk
+from . import distill_data, qad_child, walk
 from .capture_cache import FACTS, Capture
 from .distill_losses import LOSSES, Objective
 from .distill_match import block_pairs, shared_vocabulary
 from .distill_models import Hidden
+from .qad_child import Qad
 
 HIDDEN = ("mse", "cosine")
+# Peak learning rates: of 16-bit weights, of weights under fake quantisation, of scales as shares of what they were.
+RATES = {"": 5e-5, "qad": 1e-5, "scales": 1e-3}
 
 
 class Refused(RuntimeError):
@@ -33,7 +36,9 @@ class Refused(RuntimeError):
 class Wish:
     """What is asked for. data None: that of a capture. loss None: topk of a capture, else fkl. steps and tokens None: once through the text. hidden_blocks: "3,7", or "3:4,7:9" as student:teacher.
 
-    lr is the peak rate; batch counts windows of a step over all processes, micro those that run at once in one (None: all).
+    lr is the peak rate (None: by what is trained, see `rate`); batch counts windows of a step over all processes, micro those
+    that run at once in one (None: all). qad: the spec that the student trains with, its weights, with learn_scales its scales
+    too, with scales_only these alone; calibration (None: data) and samples: what GPTQ reads where the student is 16-bit.
     """
 
     data: str | None = None
@@ -49,13 +54,28 @@ class Wish:
     seq_len: int = 2048
     batch: int = 32
     micro: int | None = None
-    lr: float = 5e-5
+    lr: float | None = None
     decay: float = 0.01
     every: int = 200
     seed: int = 0
     checkpointing: bool = True
     dtype: str | None = None  # of products: fp32 or bf16; None: bf16 on a card, fp32 on a CPU
     device: str | None = None
+    qad: str | None = None
+    scales_only: bool = False
+    learn_scales: bool = False
+    calibration: str | None = None
+    samples: int = 256
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the student trains with the weights of a quantised checkpoint."""
+        return self.qad is not None or self.scales_only
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else RATES["scales" if self.scales_only else "qad" if self.qad else ""]
 
     def __post_init__(self) -> None:
         if self.loss is not None and self.loss not in LOSSES:
@@ -78,18 +98,25 @@ class Wish:
             ("micro", 1),
             ("every", 1),
             ("seed", 0),
+            ("samples", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise FormatError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         for name in ("lr", "temperature", "hidden_weight"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise FormatError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected a number above 0")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise FormatError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0")
         if not 0 <= self.beta <= 1:
             raise FormatError(f"--beta {self.beta:g}: expected 0 (forward KL) to 1 (reverse KL)")
         for name in ("hard", "decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise FormatError(f"--{name} {getattr(self, name):g}: expected 0 or more")
+        if self.scales_only and self.learn_scales:
+            raise FormatError("--scales-only keeps the codes, --learn-scales trains them as well; say one of them")
+        for name in ("learn_scales", "calibration"):
+            if getattr(self, name) and not self.quantised:
+                raise FormatError(f"--{name.replace('_', '-')} belongs to a quantised student; add --qad SPEC")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +139,7 @@ class Plan:
     question: str = ""
     warnings: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = ()
+    qad: Qad | None = None
 
     @property
     def k(self) -> int:
@@ -136,7 +164,8 @@ class Plan:
     def memory(self) -> dict[str, int]:
         """Bytes over all processes: weights of both, gradients and both moments in fp32; without activations."""
         bits = 2 if self.wish.dtype == "bf16" else 4
-        return {"student": 16 * self.parameters[0], "teacher": bits * self.parameters[1]}
+        ours = 16 * self.parameters[0] if self.qad is None else self.qad.memory
+        return {"student": ours, "teacher": bits * self.parameters[1]}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -149,7 +178,8 @@ class Plan:
             "loss": self.objective.kind,
             "vocab": self.vocab,
             "window": self.window,
-            "wish": dataclasses.asdict(self.wish),
+            "wish": {**dataclasses.asdict(self.wish), "lr": self.wish.rate},
+            "qad": None if self.qad is None else self.qad.to_dict(),
             "hidden": None if self.hidden is None else dataclasses.asdict(self.hidden),
             "text": self.text,
             "memory": self.memory,
@@ -169,11 +199,13 @@ def plan(
     and captures whose text it reads along with `wish.data`.
     """
     folders = [Path(t) for t in ([teacher] if isinstance(teacher, str | os.PathLike) else teacher)]
-    live, captured = _sorted(Path(student), folders)
-    ours, found = _open(Path(student), "student")
+    live, captured = _sorted(Path(student), folders, wish)
+    qad = qad_child.opened(Path(student), wish) if wish.quantised else None
+    ours, found = (qad.student, qad.found) if qad is not None else _open(Path(student), "student")
     captures = tuple(Capture.open(folder, ours.path, verify=False) for folder in captured)
     if live is None:
-        return _from_captures(ours, found, captures, wish)
+        planned = _from_captures(ours, found, captures, wish)
+        return planned if qad is None else dataclasses.replace(planned, qad=qad, parameters=(sum(qad.counts[::2]), 0))
     theirs, _ = _open(live, "teacher")
     objective = _objective(wish, "fkl")
     if objective.kind == "topk":
@@ -198,7 +230,7 @@ def plan(
         names.insert(0, distill_data.probe(wish.data, ours.path, vocab, window, max(1, wish.batch - windows)))
     elif windows < wish.batch:
         raise _too_few(captures, wish)
-    sizes = (_parameters(ours), _parameters(theirs))
+    sizes = (_parameters(ours) if qad is None else sum(qad.counts[::2]), _parameters(theirs))
     question = ""
     if sizes[0] > sizes[1]:
         question = (
@@ -217,16 +249,16 @@ def plan(
     ]
     window = max(window, longest) if wish.data is not None else longest
     return Plan(
-        ours, theirs, found, wish, objective, vocab, window, sizes, hidden, " + ".join(names), question, tuple(notes), captures
+        ours, theirs, found, wish, objective, vocab, window, sizes, hidden, " + ".join(names), question, tuple(notes), captures, qad
     )  # fmt: skip
 
 
-def _sorted(student: Path, teachers: Sequence[Path]) -> tuple[Path | None, list[Path]]:
+def _sorted(student: Path, teachers: Sequence[Path], wish: Wish) -> tuple[Path | None, list[Path]]:
     """The one model among the teachers, and the captures."""
     if not teachers:
         raise FormatError("--teacher is missing; give a model, or a folder of percard capture")
     for number, folder in enumerate(teachers):
-        if folder.resolve() == student.resolve():
+        if folder.resolve() == student.resolve() and not wish.quantised:  # then it learns from its own 16-bit self
             raise FormatError(f"{student}: student and teacher are the same folder; there is nothing to learn")
         if folder.resolve() in [other.resolve() for other in teachers[:number]]:
             raise FormatError(f"--teacher {folder}: given twice; name each folder once")
@@ -322,7 +354,8 @@ def _open(folder: Path, role: str) -> tuple[Checkpoint, walk.Map]:
         raise FormatError(f"{folder}: the {role} is not there; give its folder")
     source = Checkpoint.open(folder)
     if any(source.config.get(k) is not None for k in ("quantization_config", "compression_config")):
-        raise FormatError(f"{folder}: the {role} is quantised; give the 16-bit checkpoint, quantise the student after")
+        remedy = "quantise the student after, or train it as it is with --qad" if role == "student" else "its source"
+        raise FormatError(f"{folder}: the {role} is quantised; give the 16-bit checkpoint, {remedy}")
     return source, walk.of(source)
 
 

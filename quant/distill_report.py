@@ -74,17 +74,7 @@ def _card(done: Mapping[str, Any], planned: Plan) -> str:
     base, parent = (folder.resolve().name for folder in (planned.student.path, planned.reference))
     count = f" ({planned.parameters[1]:,} parameters)" if planned.parameters[1] else ", of which a capture was read"
     licence = report.Licence.of(planned.student.path)
-    wish, data, cut = planned.wish, done["data"], pruning_of(planned.student)
-    terms = {
-        "fkl": "forward KL",
-        "rkl": "reverse KL",
-        "jsd": f"generalised JSD, beta {wish.beta:g}",
-        "none": "",
-        "topk": "KL of the kept tokens and the rest",
-    }[planned.objective.kind]
-    losses = [f"{terms} at temperature {wish.temperature:g}"] if terms else []
-    losses += [f"{wish.hard:g} x cross-entropy"] if wish.hard else []
-    losses += [f"{wish.hidden_weight:g} x {wish.hidden} of hidden states"] if wish.hidden else []
+    cut = pruning_of(planned.student)
     lines = [
         "---",
         *([f"license: {licence.name}"] if licence.name else []),
@@ -98,10 +88,29 @@ def _card(done: Mapping[str, Any], planned: Plan) -> str:
         *([f"Licence of the student: {licence}."] if str(licence) else []),
         *([f"Licence of the teacher: {words}."] if (words := str(report.Licence.of(planned.reference))) else []),
         "",
+        *facts(done, planned),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def facts(done: Mapping[str, Any], planned: Plan) -> list[str]:
+    """How it was trained, what came of it, what to know: lines of a card."""
+    wish, data, cut = planned.wish, done["data"], pruning_of(planned.student)
+    terms = {
+        "fkl": "forward KL",
+        "rkl": "reverse KL",
+        "jsd": f"generalised JSD, beta {wish.beta:g}",
+        "none": "",
+        "topk": "KL of the kept tokens and the rest",
+    }[planned.objective.kind]
+    losses = [f"{terms} at temperature {wish.temperature:g}"] if terms else []
+    losses += [f"{wish.hard:g} x cross-entropy"] if wish.hard else []
+    losses += [f"{wish.hidden_weight:g} x {wish.hidden} of hidden states"] if wish.hidden else []
+    lines = [
         f"- loss: {' + '.join(losses)}",
         f"- tokens: {done['trained_tokens']:,} in {done['steps']:,} steps of {wish.batch} windows of {data['window']}",
         f"- data: `{data['name']}`, sha256 {str(data['sha256'])[:16]}, {data['tokens']:,} tokens, seed {wish.seed}",
-        f"- AdamW, peak learning rate {wish.lr:g}, cosine to a tenth, products in {done['dtype']}",
+        f"- AdamW, peak learning rate {wish.rate:g}, cosine to a tenth, products in {done['dtype']}",
     ]
     if cut:
         sizes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in cut.get("cuts", {}).items())
@@ -116,4 +125,4 @@ def _card(done: Mapping[str, Any], planned: Plan) -> str:
             lines.append(f"| {label} | {form.format(quality['before'][key])} | {form.format(quality['after'][key])} |")
         lines += ["", f"Perplexity of the teacher: {quality['after']['perplexity_source']:.2f}."]
     lines += ["", "To know:", "", *(f"- {words}" for words in done["warnings"])] if done["warnings"] else []
-    return "\n".join(lines) + "\n"
+    return lines

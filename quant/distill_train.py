@@ -21,6 +21,7 @@ from .distill_data import digest
 from .distill_models import Batch, Student, Teacher, target_of
 from .distill_processes import Processes
 from .progress import Callback, Meter
+from .qad import SHIFT, SHIFT_TIMES, FakeLinear
 
 WARM_UP, WARM_UP_STEPS, LAST = 0.02, 10, 0.1
 BETAS, CLIP = (0.9, 0.95), 1.0
@@ -57,11 +58,14 @@ class Schedule:
 
 
 def optimiser_of(student: Student, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW over what is trained; norms and biases are not decayed."""
-    trained = [p for p in student.parameters() if p.requires_grad]
+    """AdamW over what is trained; norms, biases and scales are not decayed. Scales beside weights move at a rate of their own."""
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    scales = [trained.pop(name) for name in list(trained) if name.endswith(SHIFT)]
+    beside = any(isinstance(module, FakeLinear) and module.weight is not None for module in student.modules())
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": schedule.decay, "times": 1.0},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0, "times": 1.0},
+        {"params": scales, "weight_decay": 0.0, "times": SHIFT_TIMES if beside else 1.0},
     ]
     made = torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.lr, betas=BETAS)
     distill_state.prepare(made)
@@ -132,7 +136,7 @@ def _step(
 ) -> dict[str, Any]:
     """Gradients of one batch, clipped; the figures of the whole batch on every process."""
     for settings in optimiser.param_groups:
-        settings["lr"] = schedule.rate(step)
+        settings["lr"] = schedule.rate(step) * settings["times"]
     total = max(1, int(batch.counted.sum()))
     share = schedule.batch // group.world
     sums = torch.zeros(4, device=group.device)

@@ -15,7 +15,9 @@ from . import console
 
 
 def distill(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Folder of a 16-bit checkpoint, or a hub id.")],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="Folder of a checkpoint, or a hub id; a quantised one with --qad.")
+    ],
     teacher: Annotated[
         list[str],
         typer.Option(
@@ -42,7 +44,10 @@ def distill(
     micro: Annotated[
         int | None, typer.Option(help="Windows that run at once in a process; default: all of them.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; falls to a tenth.")] = 5e-5,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; falls to a tenth. Default 5e-5; --qad 1e-5, --scales-only 1e-3."),
+    ] = None,
     decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.01,
     every: Annotated[int, typer.Option(help="Steps between states that a killed run goes on from.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
@@ -51,6 +56,17 @@ def distill(
     ] = True,
     dtype: Annotated[str | None, typer.Option(help="Of products: bf16 (default on a card) or fp32 (on a CPU).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the card when there is one.")] = None,
+    qad: Annotated[
+        str | None, typer.Option(help="Train with the weights of this spec, such as w4a16-g64, and write it.")
+    ] = None,
+    scales_only: Annotated[bool, typer.Option("--scales-only", help="Codes stay, scales are trained.")] = False,
+    learn_scales: Annotated[
+        bool, typer.Option("--learn-scales", help="With --qad: scales as well as weights.")
+    ] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="What GPTQ reads first when STUDENT is 16-bit; default: --data.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of it.")] = 256,
     text: Annotated[
         Path | None, typer.Option(help="Held-out text: KL, top-1 and perplexity against the teacher, before and after.")
     ] = None,
@@ -75,7 +91,7 @@ def distill(
         wish = Wish(
             data, loss, beta, temperature, hard, hidden, hidden_blocks, hidden_weight, steps,
             None if tokens is None else _whole(tokens), seq_len, batch, micro, lr, decay, every, seed, checkpointing,
-            dtype, device,
+            dtype, device, qad, scales_only, learn_scales, calibration, samples,
         )  # fmt: skip
         if dry_run:
             done = _planned(ours, theirs, wish)
@@ -160,6 +176,11 @@ def words(done: Mapping[str, Any], out: Path | None) -> list[Any]:
         f"student {sizes['student']:,} parameters, teacher {theirs}; {done['vocab']:,} tokens in common",
         f"{done['loss']}, {length} of {batch}, learning rate {wish['lr']:g}, text {done['text']}",
     ]
+    if (qad := done["qad"]) is not None:
+        parts.append(
+            f"{qad['spec']}: {' and '.join(qad['train'])} of {qad['modules']} linears ({qad['weights']:,} weights, "
+            f"{qad['scales']:,} scales), from {qad['start']}"
+        )
     if "curve" not in done:
         need = done["memory"]
         parts.append(

@@ -1,0 +1,208 @@
+"""Linears that train with the weights that will be written: fake quantisation, and its gradients.
+
+    weights    value = (q - z) s,  q = round(clamp(w / s + z)):  dw = dvalue where w / s + z is in the range of the codes, else 0
+    scales     s = store(base (1 + shift)):  ds = sum over the group of dvalue (q - z), which is exact while the codes stay;
+               where weights move as well, dvalue (q - (w / s + z)) inside the range (LSQ, arXiv 1902.08153)
+
+Rounding has no gradient; it is passed straight through (arXiv 1308.3432). Every forward pass rounds scales to what the file
+stores, codes to what the codec finds (formats/affine.py, the same operations in the same order), and where a row's scales are
+multiples of one number (affine.two_level) they stay so. What was trained is therefore what is written, bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..formats import affine
+from ..formats.spec import FormatError, QuantSpec
+from ..formats.tensor import QuantTensor
+from ..kernels import rows
+
+SHIFT = "scale_shift"  # how the trained parameter of the scales is called in a module
+SHIFT_TIMES = 100.0  # the rate of scales, shares of what they were, to that of the weights beside them
+_LEAST, _MOST = 0.125, 8.0  # of what a scale was at the start: it stays positive, and no group gets lost
+_INSIDE = 0.49  # of a step: so near to its code's border a weight may start
+
+
+class FakeLinear(nn.Module):
+    """y = x value^T + bias, with value the dequantised weight that a file will hold.
+
+    tensor: where it starts, plain. train_weights: fp32 weights [N, K] are trained, from `near` [N, K] (the weight that was
+    rounded, None: the centres of the codes), else the codes stay. train_scales: scales are trained as base (1 + shift).
+    """
+
+    base: torch.Tensor
+    codes: torch.Tensor | None
+    zero: torch.Tensor | None
+    unit: torch.Tensor | None
+
+    def __init__(
+        self,
+        tensor: QuantTensor,
+        bias: torch.Tensor | None,
+        *,
+        train_weights: bool,
+        train_scales: bool,
+        near: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.stored = tensor.spec, tensor.scale.dtype
+        self.register_buffer("base", tensor.scale.float(), persistent=False)
+        self.register_buffer("zero", tensor.zero, persistent=False)
+        two = affine.two_level(tensor.scale) if tensor.spec.act_bits == 8 and tensor.spec.group is not None else None
+        self.register_buffer("unit", None if two is None else two[0], persistent=False)
+        self.register_buffer("codes", None if train_weights else tensor.data, persistent=False)
+        self.weight = nn.Parameter(start(tensor, near)) if train_weights else None
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.scale_shift = nn.Parameter(torch.zeros_like(self.base)) if train_scales else None
+
+    def scale(self) -> torch.Tensor:
+        """fp32 [N, K/group] of numbers that the file's dtype holds."""
+        if self.scale_shift is None:
+            return self.base
+        found: torch.Tensor = _Scale.apply(self.scale_shift, self.base, self.unit, self.stored)
+        return found
+
+    def value(self) -> torch.Tensor:
+        """The weight as the file says it, fp32 [N, K]."""
+        if self.weight is not None:
+            found: torch.Tensor = _Weight.apply(self.weight, self.scale(), self.zero, self.spec)
+        else:
+            found = _Codes.apply(self.scale(), self.codes, self.zero)
+        return found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spec.act_bits == 8:
+            x = _Rows.apply(x)
+        return F.linear(x, self.value(), self.bias)
+
+    @torch.no_grad()
+    def tensor(self) -> QuantTensor:
+        """What is written; on the CPU. Where FSDP2 splits parameters every process has to ask."""
+        scale = self.base
+        if self.scale_shift is not None:
+            scale = _Scale.apply(_whole(self.scale_shift), self.base, self.unit, self.stored)
+        codes = self.codes
+        if codes is None:
+            assert self.weight is not None
+            codes = affine.encode(_whole(self.weight), scale, self.zero, self.spec)
+        shape = (codes.shape[0], codes.shape[1])
+        return QuantTensor(codes, scale.to(self.stored), self.zero, self.spec, "plain", shape).to("cpu")
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+    return found
+
+
+@torch.no_grad()
+def start(tensor: QuantTensor, near: torch.Tensor | None) -> torch.Tensor:
+    """fp32 weights [N, K] whose codes are those of `tensor`: the nearest ones to `near`, or the centres."""
+    centre = affine.dequantize(tensor)
+    if near is None:
+        return centre
+    if near.shape != centre.shape:
+        raise FormatError(f"a weight is {tuple(near.shape)}, its codes {tuple(centre.shape)}")
+    grouped = (*tensor.scale.shape, -1)
+    reach = _INSIDE * tensor.scale.float().unsqueeze(2)
+    low, high = (centre.view(grouped) + sign * reach for sign in (-1, 1))
+    found = torch.maximum(torch.minimum(near.float().view(grouped), high), low).view(centre.shape)
+    same = affine.encode(found, tensor.scale, tensor.zero, tensor.spec) == tensor.data
+    return torch.where(same, found, centre)
+
+
+class _Scale(torch.autograd.Function):
+    """base (1 + shift), as the file stores it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shift: torch.Tensor, base: torch.Tensor, unit: torch.Tensor | None, stored: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(shift, base)
+        scale = base * (1 + shift).clamp_(_LEAST, _MOST)
+        if unit is not None:
+            scale = unit * (scale / unit).round_().clamp_(1, 16)
+        return scale.to(stored).float().clamp_min_(2.0**-24 if stored == torch.float16 else 2.0**-126)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        shift, base = ctx.saved_tensors
+        found = grads[0] * base
+        times = 1 + shift
+        stuck = ((times <= _LEAST) & (found > 0)) | ((times >= _MOST) & (found < 0))  # a step would lead further out
+        return found.masked_fill_(stuck, 0.0), None, None, None
+
+
+class _Codes(torch.autograd.Function):
+    """(q - z) s of fixed codes: linear in s."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(codes, zero)
+        ctx.groups = scale.shape
+        return (_levels(codes, zero, scale.shape) * scale.unsqueeze(2)).view(codes.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        codes, zero = ctx.saved_tensors
+        levels = _levels(codes, zero, ctx.groups)
+        return levels.mul_(grads[0].float().view(levels.shape)).sum(2), None, None
+
+
+def _levels(codes: torch.Tensor, zero: torch.Tensor | None, groups: torch.Size) -> torch.Tensor:
+    """q - z, fp32 [N, K/group, group]."""
+    found = codes.to(torch.float32).view(*groups, -1)
+    return found if zero is None else found.sub_(zero.unsqueeze(2))
+
+
+class _Weight(torch.autograd.Function):
+    """(q - z) s of the codes q that the codec finds for w."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale, zero)
+        ctx.spec = spec
+        t = _steps(weight, scale, zero).clamp_(spec.qmin, spec.qmax).round_()
+        if zero is not None:
+            t.sub_(zero.unsqueeze(2))
+        return t.mul_(scale.unsqueeze(2)).view(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        weight, scale, zero = ctx.saved_tensors
+        spec: QuantSpec = ctx.spec
+        t = _steps(weight, scale, zero)
+        inside = (t >= spec.qmin - 0.5) & (t <= spec.qmax + 0.5)
+        grad = grads[0].float().view(t.shape)
+        dscale = None
+        if ctx.needs_input_grad[1]:
+            q = t.clamp(spec.qmin, spec.qmax).round_()
+            offset = t if zero is None else t - zero.unsqueeze(2)
+            levels = q if zero is None else q.sub_(zero.unsqueeze(2))
+            dscale = levels.sub_(offset * inside).mul_(grad).sum(2)
+        return (grad * inside).view(weight.shape), dscale, None, None
+
+
+def _steps(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """w / s + z, fp32 [N, K/group, group], as affine.encode computes it."""
+    t = weight.float().view(*scale.shape, -1) / scale.unsqueeze(2)
+    return t if zero is None else t.add_(zero.unsqueeze(2))
+
+
+class _Rows(torch.autograd.Function):
+    """x [.., K] as int8 per token leaves it (kernels/quantize_rows); no row is clipped, so every gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        q, scale, _ = rows.quantize(x.reshape(-1, x.shape[-1]).float())
+        return (q.float() * scale.unsqueeze(1)).view(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (grads[0],)
