@@ -17,8 +17,11 @@ Threads are pinned (`--threads`), so that the same machine gives the same figure
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -113,6 +116,27 @@ def score(folder: Path, reference: Model, ids: torch.Tensor) -> dict[str, float]
     }
 
 
+@torch.inference_mode()
+def every_choice(reference: Model, ids: torch.Tensor, drop: int) -> dict[str, float]:
+    """Blocks that stay, as "0,1,3", -> KL to the whole model on ids [n], for every choice of `drop` blocks to leave out."""
+    blocks, layers = reference.weights.blocks, range(len(reference.weights.blocks))
+    parts = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).split(8)
+    found: dict[str, float] = dict.fromkeys(
+        (",".join(map(str, kept)) for kept in itertools.combinations(layers, len(layers) - drop)), 0.0
+    )
+    for part in parts:
+        log_p = torch.log_softmax(reference.logits(part)[:, :-1].float(), -1)
+        for name in found:
+            kept = [int(i) for i in name.split(",")]
+            weights = dataclasses.replace(reference.weights, blocks=tuple(blocks[i] for i in kept))
+            config = dataclasses.replace(reference.config, layers=len(kept))
+            model = dataclasses.replace(reference, weights=weights, config=config)
+            log_q = torch.log_softmax(model.logits(part)[:, :-1].float(), -1)
+            found[name] += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+    count = sum(part.shape[0] * (WINDOW - 1) for part in parts)
+    return {name: total / count for name, total in found.items()}
+
+
 def recovered(cell: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, float]:
     """Shares of lost KL and cross-entropy that came back since `start`."""
     return {"kl_back": 1 - cell["kl"] / start["kl"], "ce_back": 1 - cell["ce_lost"] / start["ce_lost"]}
@@ -156,7 +180,6 @@ class Cells:
         self.texts = write_texts(model, work)
         self.ids = quality.read_ids(model / "heldout.txt", model, HELD_OUT)
         self.weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(model.glob("*.safetensors"))}
-        self._reference: Model | None = None
 
     def get(self, name: str) -> dict[str, Any]:
         """The arm's figures; done now if it was not yet, with the arms that it needs."""
@@ -202,7 +225,7 @@ class Cells:
         read = {
             name: self.texts[name] for name, word in _TEXTS.items() if any(f"{{{word}}}" in c for c in arm.commands)
         }
-        told = (arm.commands, before, self.weights, read, self.threads, HELD_OUT, WINDOW)
+        told = (arm.commands, arm.drop, before, self.weights, read, self.threads, HELD_OUT, WINDOW)
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def _unfinished(self, name: str) -> Path:
@@ -218,21 +241,25 @@ class Cells:
         shutil.rmtree(out, ignore_errors=True)
         resumed = self._unfinished(arm.name).exists()
         self.say(f"{arm.name}: {arm.words}" + (", going on" if resumed else ""))
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        before, began, here = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), time.process_time()
         for command in arm.commands:
             self.call(self.paths(command, out), self.threads, self.told)
+        choices = every_choice(self.reference, self.ids, arm.drop) if arm.drop else None
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        spent = time.process_time() - here + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         found: dict[str, Any] = {"commands": [f"percard {command}" for command in arm.commands]}
         found |= {"seconds": time.monotonic() - began, "cpu_seconds": spent, "resumed": resumed, "source": our_source()}
-        return found | _facts(out)
+        return found | _facts(out) | ({} if choices is None else {"choices": choices})
+
+    @functools.cached_property
+    def reference(self) -> Model:
+        """The source, in fp32."""
+        return load(self.model, dtype=torch.float32, device="cpu")
 
     def _score(self, arm: Arm) -> dict[str, Any]:
-        if self._reference is None:
-            self._reference = load(self.model, dtype=torch.float32, device="cpu")
         folder = self.work / arm.name
         sizes = [torch.Size(info.shape).numel() for info in Checkpoint.open(folder).tensors.values()]
-        return {**score(folder, self._reference, self.ids), "parameters": sum(sizes)}
+        return {**score(folder, self.reference, self.ids), "parameters": sum(sizes)}
 
 
 def _facts(out: Path) -> dict[str, Any]:

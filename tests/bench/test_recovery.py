@@ -123,18 +123,15 @@ def test_names_are_folders_of_their_own_and_needs_are_there() -> None:
     assert "--steps 20 " in short["fkl"][0] and short["child"] == arms["child"].commands
 
 
-def test_scores_are_those_of_plain_arithmetic(tmp_path: Path) -> None:
+def test_scores_are_those_of_plain_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [write_checkpoint(tmp_path / str(i), "qwen3") for i in range(2)]
     tensors = load_file(folders[1] / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 0.5
     save_file(tensors, folders[1] / "model.safetensors", {"format": "pt"})
     models = [engine.load(folder, dtype=torch.float32) for folder in folders]
     ids = torch.randint(0, models[0].config.vocab, (3 * 32 + 5,), generator=torch.Generator().manual_seed(1))
-    before, recovery.WINDOW = recovery.WINDOW, 32
-    try:
-        found = recovery.score(folders[1], models[0], ids)
-    finally:
-        recovery.WINDOW = before
+    monkeypatch.setattr(recovery, "WINDOW", 32)
+    found = recovery.score(folders[1], models[0], ids)
     parts = ids[:96].view(3, 32)
     p, q = (m.logits(parts)[:, :-1].double().softmax(-1) for m in models)
     wanted = parts[:, 1:, None]
@@ -145,6 +142,26 @@ def test_scores_are_those_of_plain_arithmetic(tmp_path: Path) -> None:
     assert found["ce_lost"] == pytest.approx(float((ours - theirs).mean()), rel=1e-3, abs=1e-6)
     assert found["ce_lost_error"] == pytest.approx(float((ours - theirs).std()) / 93**0.5, rel=1e-3)
     assert found["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
+def test_every_choice_is_the_model_that_pruning_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "WINDOW", 16)
+    model = engine.load(write_checkpoint(tmp_path / "whole", "qwen3"), dtype=torch.float32)
+    ids = torch.randint(0, model.config.vocab, (64,), generator=torch.Generator().manual_seed(1))
+    found = recovery.every_choice(model, ids, 1)
+    assert set(found) == {"0,1", "0,2", "1,2"}
+    for kept, kl in found.items():
+        child = write_checkpoint(tmp_path / kept, "qwen3", num_hidden_layers=2)
+        tensors = load_file(tmp_path / "whole" / "model.safetensors")
+        for new, old in enumerate(kept.split(",")):
+            tensors |= {
+                n.replace(f".{old}.", f".{new}.to."): t
+                for n, t in list(tensors.items())
+                if n.startswith(f"model.layers.{old}.")
+            }
+        made = {n.replace(".to.", "."): t for n, t in tensors.items() if ".to." in n or ".layers." not in n}
+        save_file({n: t.contiguous().clone() for n, t in made.items()}, child / "model.safetensors", {"format": "pt"})
+        assert recovery.score(child, model, ids)["kl"] == pytest.approx(kl, rel=1e-4)
 
 
 def test_the_texts_are_seeded_and_apart(tmp_path: Path) -> None:
@@ -164,13 +181,14 @@ def test_the_texts_are_seeded_and_apart(tmp_path: Path) -> None:
 
 
 def _arms(**over: float) -> dict[str, dict[str, Any]]:
-    base = {"kl": 0.1, "ce_lost": 0.2, "ce_lost_error": 0.01, "seconds": 100.0, "resumed": False}
-    back = {"fkl": 0.8, "hard": 0.2, "topk": 0.79, "depth": 0.7}
+    base: dict[str, Any] = {"kl": 0.1, "ce_lost": 0.2, "ce_lost_error": 0.01, "seconds": 100.0, "resumed": False}
+    back = {"fkl": 0.8, "hard": 0.2, "topk": 0.79, "both": 0.75, "depth": 0.7}
     arms = {name: {**base, "kl_back": over.get(name, share), "ce_back": 0.9} for name, share in back.items()}
-    for case, (_, _, score) in recovery_arms.CASES.items():
+    for case, (_, _, (score, *_)) in recovery_arms.CASES.items():
         for seed in recovery_arms.SEEDS:
-            arms[f"{case}-{score}-{seed}"] = {**base, "kl": over.get("scored", 0.05)}
-            arms[f"{case}-random-{seed}"] = {**base}
+            arms[f"{case}-{score}-{seed}"] = {**base, "kl": over.get("scored", 0.05), "prune": {"kept_layers": [0, 2]}}
+            arms[f"{case}-random-{seed}"] = {**base, "kl": 0.2 if seed else over.get("lucky", 0.15)}
+    arms["choices"] = {"choices": {"0,1": 0.3, "0,2": over.get("chosen", 0.1), "1,2": 0.15, "0,3": 0.2}}
     return arms | {"child": dict(base), "deep": dict(base)}
 
 
@@ -182,7 +200,10 @@ def test_what_is_asked() -> None:
         ({"hard": 0.75}, {"fkl.ahead"}),
         ({"topk": 0.71}, {"topk.of_live"}),
         ({"depth": 0.6}, {"depth.kl"}),
-        ({"scored": 0.11}, {"prune.layers", "prune.ffn"}),
+        ({"both": 0.71}, {"both.of_live"}),
+        ({"scored": 0.11}, {"prune.layers.mean", "prune.ffn.mean"}),
+        ({"lucky": 0.04}, {"prune.layers.worst", "prune.ffn.worst"}),
+        ({"chosen": 0.25}, {"prune.layers.rank"}),
     ):
         assert {c["name"] for c in checks(_arms(**over)) if not c["held"]} == missed
     assert checks({}) == []
