@@ -87,7 +87,9 @@ def write_texts(model: Path, folder: Path) -> dict[str, Any]:
         ("prompts", "prompt", [text[:PROMPT] for text in others[:PROMPTS]]),
     ):
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({key: line}) + "\n" for line in lines), encoding="utf-8")
+        text = "".join(json.dumps({key: line}) + "\n" for line in lines)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # a killed run goes on with the very file
+            path.write_text(text, encoding="utf-8")
         found[name] = {"documents": len(lines), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return found
 

@@ -174,6 +174,9 @@ def test_the_texts_are_seeded_and_apart(tmp_path: Path) -> None:
     assert len(prompts) == recovery.PROMPTS == found["prompts"]["documents"]
     starts = {line["text"][: recovery.PROMPT] for line in train}
     assert not starts & {line["prompt"] for line in prompts}
+    before = (tmp_path / "train.jsonl").stat().st_mtime_ns
+    assert recovery.write_texts(EXAMPLE, tmp_path) == found
+    assert (tmp_path / "train.jsonl").stat().st_mtime_ns == before, "distilling that was killed knows its text by it"
     (tmp_path / "again").mkdir()
     assert recovery.write_texts(EXAMPLE, tmp_path / "again") == found
     with pytest.raises(FormatError, match=r"train.py: not there; take the repository's examples/tiny-qwen3"):
