@@ -20,6 +20,7 @@ its second use on with a number (distill-2), or what `name:` says. A teacher is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -85,8 +86,10 @@ class Stage:
         wish = self.wish
         if isinstance(wish, Recipe):
             tree: Any = {k: v for k, v in wish.to_dict().items() if k not in ("model", "output")}
+        elif isinstance(wish, Mapping):
+            tree = dict(wish)
         else:
-            tree = dataclasses.asdict(wish) if dataclasses.is_dataclass(wish) else dict(wish)
+            tree = dataclasses.asdict(wish)
         return {self.kind: tree, "teacher": self.teacher, "cost": dict(self.cost)}
 
 
@@ -134,7 +137,7 @@ class Stages:
             raise RecipeError(f"stages: expected a list of {', '.join(KINDS)}, each with its settings")
         check = _check(fields.mapping(top.get("verify"), "verify", _CHECKS))
         serve = recipe.serve_of(fields.mapping(top.get("serve"), "serve", ("engine", "sm", "tp")))
-        shared = {k: top[k] for k in ("serve", "calibration", "run") if k in top}
+        shared: dict[str, Any] = {k: top[k] for k in ("serve", "calibration", "run") if k in top}
         parser = _Parser(shared, serve, check, _group(entries))
         for number, entry in enumerate(entries):
             parser.add(number, entry)
@@ -225,6 +228,8 @@ class _Parser:
         return teacher
 
     def _prune(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+        if "rounds" in tree:
+            raise RecipeError(f"{where}.rounds: a round is a prune and a distill stage; write both once for each round")
         fields.only(tree, (*PRUNE, *COST, "calibration"), where)
         score = fields.mapping(tree.get("score"), f"{where}.score", prune_sizes.NAMES)
         depth = fields.text(tree.get("depth_score", score.get("layers", "bi")), f"{where}.depth_score")
@@ -338,6 +343,8 @@ def number(value: Any, where: str, kind: type, low: float | None, high: float | 
             raise RecipeError(f"{where}: found {value!r}, expected a number") from None
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where}: found {value}, expected a number")
     return fields.number(value, where, kind, low, high)
 
 

@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from ..formats.checkpoint import Checkpoint
 from ..formats.header import nbytes_of, print_header
 from ..formats.spec import FormatError
+from ..kernels.op import Unsupported
 from . import capture, completions, distill_plan, heldout, output, preflight, prune_plan, vocabulary
 from .capture_cache import FACTS, SCHEMA, WINDOWS, columns, shard_name
 from .distill_plan import PRUNED
 from .fidelity import window_of
+from .fields import RecipeError
 from .keep import Keep
 from .prune_child import Child
 from .prune_plan import Cost
@@ -96,9 +98,9 @@ class Planner:
                 if stage.kind in (*MAKES_CHILD, "capture"):
                     output.refuse(self.source, self.out / stage.name, force=True)
                 step = getattr(self, f"_{stage.kind}")(stage)
-            except (FormatError, FileExistsError, ValueError, NotImplementedError) as error:
-                error.args = (f"stage {number} of {len(self.recipe.stages)} ({stage.name}): {error}", *error.args[1:])
-                raise
+            except (FormatError, RecipeError, Unsupported, FileExistsError) as error:
+                words = str(error).replace(str(self.ghosts), str(self.out))
+                raise type(error)(f"stage {number} of {len(self.recipe.stages)} ({stage.name}): {words}") from None
             steps.append(step)
             if stage.kind in MAKES_CHILD:
                 self.child = stage.name

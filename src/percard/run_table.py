@@ -194,7 +194,7 @@ def _row(work: Work, step: Step | None, judge: Judge, speeds: Mapping[str, Speed
 
 def _plain(step: Step) -> str:
     """Where the 16-bit weights of a child are."""
-    return (step.student if step.origin == step.student else step.origin) if step.quantised else step.stage.name
+    return step.origin if step.quantised else step.stage.name
 
 
 def _what(step: Step) -> str:

@@ -84,7 +84,11 @@ def _run(
     work = Work(recipe, source(recipe.model), out or Path(recipe.out or ""), yes, as_json)
     steps = work.checked()
     if dry_run:
-        console.emit_json(work.planned(steps)) if as_json else [console.show(part) for part in planned(work, steps)]
+        if as_json:
+            console.emit_json(work.planned(steps))
+        else:
+            for part in planned(work, steps):
+                console.show(part)
         return console.REFUSED if work.refusals(steps) else console.DONE
     return work.run(steps, only, start, fresh)
 
@@ -214,15 +218,21 @@ class Work:
         journal.add(stage.name, "begin", mark=mark)
         self.say(f"stage {place} {stage.name}: {goes}: {step.words}")
         clock = time.monotonic()
-        with self._showing(f"{place} {stage.name}") as progress:
+        with self._showing(place, stage) as progress:
             getattr(self, f"_{stage.kind}")(step, folder, state.again, fresh, progress)
         journal.add(stage.name, "done", seconds=round(time.monotonic() - clock, 1))
         return self._red(stage, folder)
 
     @contextmanager
-    def _showing(self, place: str) -> Iterator[Callable[[Progress], None]]:
+    def _showing(self, place: str, stage: Stage) -> Iterator[Callable[[Progress], None]]:
+        """Progress of a verb with its stage in front."""
         with console.showing_progress(self.as_json) as show:
-            yield lambda event: show(dataclasses.replace(event, phase=f"{place} {event.phase}"))
+
+            def named(event: Progress) -> None:
+                words = stage.name if event.phase == stage.kind else f"{stage.name}: {event.phase}"
+                show(dataclasses.replace(event, phase=f"{place} {words}"))
+
+            yield named
 
     def _mark(self, step: Step) -> dict[str, Any]:
         """What the result of a stage depends on: settings, models, texts."""
