@@ -23,7 +23,7 @@ from ..formats.spec import FormatError
 from ..kernels.op import Unsupported
 from . import capture, completions, distill_plan, heldout, output, preflight, prune_plan, vocabulary
 from .capture_cache import FACTS, SCHEMA, WINDOWS, columns, shard_name
-from .distill_plan import PRUNED
+from .distill_match import PRUNED
 from .fidelity import window_of
 from .fields import RecipeError
 from .keep import Keep
