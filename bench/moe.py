@@ -24,8 +24,9 @@ from ..kernels.op import Cost
 from ..kernels.shapes import Case, generator, weight
 from . import clock, ops
 from .engine.experts import sixteen_bit
+from .stage import Cell
 
-SPECS = ("w4a16-g128", "w8a8")
+SPECS, SLOT_MODEL = ("w4a16-g128", "w8a8"), "qwen3-30b-a3b"
 TOKENS = (16, 64, 1, 256, 1024, 4096)  # in the order in which their figures decide something
 # (experts, topk, hidden, inner): real models, and one for a CPU without patience.
 MODELS: dict[str, tuple[int, int, int, int]] = {**cases.MODELS, "tiny": (4, 2, 128, 128)}
@@ -67,6 +68,22 @@ def cell(
     with torch.inference_mode():
         row = _time(model, spec, tokens, where, rounds, seed, roof or {})
     yield row  # outside: the caller is not to run in that mode
+
+
+def slot_cells(device: str, seed: int, roof: Mapping[str, float]) -> list[Cell]:
+    """The cells of a slot's stage: a real layer on a card, a tiny one to try the run elsewhere."""
+    on_card = device == "cuda"
+    model, tokens, rounds = (SLOT_MODEL, TOKENS, 7) if on_card else ("tiny", TOKENS[:1], 2)
+    made = []
+    for count in tokens:
+        for spec in SPECS:
+            code = {"op_source_hash": ops.source_hash("moe_matmul", "quantize_rows")}
+            about = {"model": model, "spec": spec, "tokens": count, "rounds": rounds}
+            arguments = {**about, "device": device, "seed": seed, "roof": roof}
+            row, name = {**sections(model, spec, count), "code": code}, case_name(model, spec, count)
+            identity = {"task": "experts", **about, **code}
+            made.append(Cell(name, f"{__name__}:cell", arguments, 5.0, identity, row, kind="experts"))
+    return made
 
 
 def gate(model: str, spec: str, tokens: int, device: str, seed: int) -> list[str]:

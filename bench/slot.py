@@ -37,7 +37,7 @@ MODEL_SPECS = (None, "w4a16-g128", "w8a8", "w4a8-g128")
 BATCHES, DEPTH = (1, 16, 64), 1024
 CACHES, CACHES_SPEC, CACHES_DEPTH = ("int8", "k8v4", "int4"), "w4a16-g128", 8192
 TUNED, TUNING = "tuned", "tuning.jsonl"
-TUNED_OPS, TUNED_MODEL, EXPERTS_MODEL = ("matmul_w4a16", "matmul_w8a8", "matmul_w4a8"), "qwen3-8b", "qwen3-30b-a3b"
+TUNED_OPS, TUNED_MODEL = ("matmul_w4a16", "matmul_w8a8", "matmul_w4a8"), "qwen3-8b"
 _PACKAGE = __package__
 _START_WORKER = functools.partial(Worker, first=f"{_PACKAGE}.slot_tasks:load")
 
@@ -179,20 +179,8 @@ def _op_cells(run: Run) -> list[Cell]:
 
 def time_experts(run: Run) -> None:
     """A layer of experts (Qwen3-30B-A3B) by worth, quantised against torch's grouped bf16 product in the same rounds."""
-    moe, ops = importlib.import_module(f"{_PACKAGE}.moe"), _ops()
-    on_card = run.device == "cuda"
-    model, tokens, rounds = (EXPERTS_MODEL, moe.TOKENS, 7) if on_card else ("tiny", moe.TOKENS[:1], 2)
-    cells = []
-    for count in tokens:
-        for spec in moe.SPECS:
-            code = {"op_source_hash": ops.source_hash("moe_matmul", "quantize_rows")}
-            arguments = {"model": model, "spec": spec, "tokens": count, "device": run.device, "rounds": rounds}
-            identity = {"task": "experts", **{k: v for k, v in arguments.items() if k != "device"}, **code}
-            arguments |= {"seed": _seed(), "roof": measured_roof(run.folder)}
-            row = {**moe.sections(model, spec, count), "code": code}
-            name = moe.case_name(model, spec, count)
-            cells.append(Cell(name, f"{_PACKAGE}.moe:cell", arguments, 5.0, identity, row, kind="experts"))
-    run.cells(cells)
+    moe = importlib.import_module(f"{_PACKAGE}.moe")
+    run.cells(moe.slot_cells(run.device, _seed(), measured_roof(run.folder)))
 
 
 def time_attention(run: Run) -> None:
@@ -290,17 +278,24 @@ def time_serve(run: Run) -> None:
     run.cells(importlib.import_module(f"{_PACKAGE}.serve_slot").cells(run.device))
 
 
+def time_losses(run: Run) -> None:
+    """A head, each divergence and their gradients, against torch's composition and Liger-Kernel."""
+    distill = importlib.import_module(f"{_PACKAGE}.distill")
+    run.cells(distill.slot_cells(run.device, _seed(), measured_roof(run.folder)))
+
+
 STAGES = (  # seconds of a ten-minute slot; they sum to 570, 30 s are the reserve
     Stage("fingerprint", 25, fingerprint, essential=True, patient=True),
     Stage("compile", 60, compile_kernels),
     Stage("correctness", 95, correctness, essential=True),
-    Stage("ops", 110, time_ops, essential=True),
-    Stage("attention", 60, time_attention),
+    Stage("ops", 105, time_ops, essential=True),
+    Stage("attention", 55, time_attention),
     Stage("experts", 30, time_experts),
-    Stage("model", 80, time_model),
+    Stage("model", 75, time_model),
     Stage("serve", 25, time_serve),
-    Stage("tune", 55, tune_configs),
+    Stage("tune", 50, tune_configs),
     Stage("tuned", 30, time_tuned),
+    Stage("losses", 20, time_losses),
 )
 
 

@@ -45,11 +45,12 @@ def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [_head(manifest, _side_rows(folder, "card.jsonl")), _stages(manifest)]
     parts += [_conformance(_side_rows(folder, "conformance.jsonl")), _compiled(_side_rows(folder, "inspect.jsonl"))]
     ops = [row for row in rows if row["level"] == "op"]
-    linears = [row for row in ops if not _over_cache(row)]
+    linears = [row for row in ops if not _over_cache(row) and not _of_losses(row)]
     parts += [
         _stacks(linears),
         _ops(linears),
         _attention(ops),
+        _losses(ops),
         _experts([row for row in rows if row["level"] == "layer"]),
     ]
     parts += [_models([row for row in rows if row["level"] == "model"]), _tuning(_side_rows(folder, "tuning.jsonl"))]
@@ -58,10 +59,10 @@ def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def of_records(records: Sequence[Record]) -> str:
-    """The op tables of records that are no slot's, for `percard bench ops` and `percard bench attention`."""
+    """The op tables of records that are no slot's, for `percard bench ops`, `attention` and `distill`."""
     rows = [json.loads(record.to_json()) for record in records]
-    linears = [row for row in rows if not _over_cache(row)]
-    parts = (_stacks(linears), _ops(linears), _attention(rows), _left_out(rows))
+    linears = [row for row in rows if not _over_cache(row) and not _of_losses(row)]
+    parts = (_stacks(linears), _ops(linears), _attention(rows), _losses(rows), _left_out(rows))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -252,6 +253,32 @@ def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["op", "heads", "context", "batch", "cache", "us", "spread", "fastest rival, us", "x rival (95 %)", "GB/s"]
     head += ["% of roof", "B/token", "answer"]
     return "## Over a paged cache\n\n" + _table(head, body) if body else ""
+
+
+def _of_losses(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of distill_loss."""
+    return row["level"] == "op" and row["case"].startswith("distill_loss.")
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Losses of distilling: time of loss and gradients, rivals of the same rounds, memory beside one [tokens, vocabulary] in fp32."""
+    body = []
+    for row in rows:
+        if row["status"] != "ok" or not _of_losses(row):
+            continue
+        shape, latency, peak = row["shape"], row["latency_us"], (row.get("memory") or {}).get("peak")
+        cells = [row["case"].split(".")[1], *(str(shape[n]) for n in ("M", "N", "K")), row["scheme"]["spec"]]
+        cells += [
+            _number(latency["median"] / 1e3, 1),
+            f"{_number(latency['lo'] / 1e3, 1)}-{_number(latency['hi'] / 1e3, 1)}",
+        ]
+        sides = [r for r in row.get("against") or () if r["status"] == "ok"]
+        cells.append(", ".join(f"{r['impl']} {r['ratio']:.2f} ({r['ci95'][0]:.2f}-{r['ci95'][1]:.2f})" for r in sides))
+        share = None if peak is None else peak / (4 * shape["M"] * shape["N"])
+        body.append([*cells, _number(None if peak is None else peak / 1e6, 0), _number(share, 3)])
+    head = ["loss", "tokens", "vocabulary", "hidden", "type", "ms", "spread", "rivals' time over ours (95 %)"]
+    head += ["extra peak MB", "of the logits"]
+    return "## Losses of distilling, with both gradients\n\n" + _table(head, body) if body else ""
 
 
 def _experts(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from . import (
     bench_attention,
     bench_card,
     bench_compare,
+    bench_distill,
     bench_import,
     bench_ladder,
     bench_layer,
@@ -83,6 +84,9 @@ app.command("ladder", help=manual.BENCH_LADDER, short_help="The smallest model t
 )
 app.command("attention", help=manual.BENCH_ATTENTION, short_help="Attention over a quantised cache.")(
     bench_attention.bench_attention
+)
+app.command("distill", help=manual.BENCH_DISTILL, short_help="A head, a divergence and their gradients in one.")(
+    bench_distill.bench_distill
 )
 
 

@@ -204,6 +204,17 @@ Compared with its reference at these heads first; then in turn with scaled_dot_p
 into rows. Caches rotate, so that memory is cold. Bytes of a token are measured from the tensors.
 """
 
+BENCH_DISTILL = """A head, a divergence from a teacher and both gradients in one (what percard distill trains with), against torch's composition.
+
+\b
+  percard bench distill                                       Qwen3-0.6B's head; 512 tokens of forward KL on a CPU
+  percard bench distill --loss fkl,rkl,jsd,topk --tokens 256 --vocab 32000
+  percard bench distill --tokens 4096 --rounds 1 --out distill.jsonl        what it holds at its worst moment
+
+Compared with its reference first. torch has all logits in memory at once: where they would not fit it is left out, in words.
+Liger-Kernel runs beside it on a card where it is installed.
+"""
+
 BENCH_LAYER = """One decoder layer at true shapes, 16 bits against quantised, in turn: prefill, decode, and the head beside it.
 
 \b

@@ -162,4 +162,4 @@ def test_report_of_tuning(tmp_path: Path) -> None:
 
 
 def test_the_ops_of_the_slot_are_those_that_are_timed() -> None:
-    assert set(slot.TUNED_OPS) <= set(ops.OPS) and slot.EXPERTS_MODEL in moe.MODELS
+    assert set(slot.TUNED_OPS) <= set(ops.OPS) and moe.SLOT_MODEL in moe.MODELS

@@ -1,4 +1,4 @@
-"""`percard bench slot`, `bench ops` and `bench attention` at the command line: what they refuse, and with which code."""
+"""`percard bench slot`, `bench ops`, `attention` and `distill` at the command line: what they refuse, and with which code."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from percard import cli
         (["attention", "--heads", "32/8"], "expected Hq/Hkv/D such as 32/8/128, or one of qwen3-0.6b"),
         (["attention", "--heads", "32/5/128"], "heads 32/5/128: expected query heads, a divisor of them"),
         (["attention", "--op", "matmul_w8a8"], "no op 'matmul_w8a8' over a cache; known: attention_decode"),
+        (["distill", "--loss", "kl"], "no divergence 'kl'; known: fkl, rkl, jsd, topk"),
+        (["distill", "--tokens", "many"], "--tokens many: expected whole numbers"),
         (["ops", "--tokens", "3"], "no case of qwen3-0.6b has 3 tokens"),
     ],
 )
