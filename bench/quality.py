@@ -86,13 +86,20 @@ def windows(ids: torch.Tensor, window: int) -> list[torch.Tensor]:
     return [piece for piece in ids.split(window) if len(piece) > 1]
 
 
-def compare(reference: Model, model: Model, ids: torch.Tensor | Sequence[int], window: int | None = None) -> Quality:
+def compare(
+    reference: Model,
+    model: Model,
+    ids: torch.Tensor | Sequence[int],
+    window: int | None = None,
+    vocab: int | None = None,
+) -> Quality:
     """Scores `model` against `reference` on a text of ids [n], window by window, a few positions at a time.
 
-    `window` None = the reference's training context, at most 2048 (the common protocol). ValueError when the two
-    have different vocabularies or the text is too short to score.
+    `window` None = the reference's training context, at most 2048 (the common protocol). vocab: ids from there on are padding
+    of either head and get no probability. ValueError when the two have different vocabularies and none is given, or the text
+    is too short to score.
     """
-    if reference.config.vocab != model.config.vocab:
+    if vocab is None and reference.config.vocab != model.config.vocab:
         raise ValueError(f"vocabularies differ: {reference.config.vocab} and {model.config.vocab}; not comparable")
     ids = torch.as_tensor(ids, dtype=torch.int64)
     limit = min(reference.config.context, reference.max_len, model.max_len)
@@ -109,8 +116,8 @@ def compare(reference: Model, model: Model, ids: torch.Tensor | Sequence[int], w
         targets = piece[1:].to(model.device)
         for start in range(0, len(targets), _CHUNK):
             part = slice(start, start + _CHUNK)
-            p = F.log_softmax(reference.head_logits(theirs[part]).to(model.device), dim=-1)
-            q = F.log_softmax(model.head_logits(ours[part]), dim=-1)
+            p = F.log_softmax(reference.head_logits(theirs[part])[:, :vocab].to(model.device), dim=-1)
+            q = F.log_softmax(model.head_logits(ours[part])[:, :vocab], dim=-1)
             # Summed in double: thousands of values near zero are added up.
             kl += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
             nll -= float(q.gather(1, targets[part, None]).double().sum())

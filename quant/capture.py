@@ -34,7 +34,7 @@ from .progress import Callback, Meter
 from .prune_scores import Chain
 from .spill import Spill
 from .vocabulary import Words
-from .walk import Map
+from .walk import Map, block_of, finite
 
 TOP_K, SEQ_LEN, SHARD_TOKENS = 64, 2048, 1_000_000
 LOGITS = 1 << 24  # numbers of a chunk of logits: 64 MB in fp32
@@ -219,8 +219,20 @@ def _teach(planned: Plan, start: int, stop: int, writer: ShardWriter, work: Path
         for at in range(first, behind, step):
             rows = x[at - begin : min(behind, at + step) - begin]
             ids, logp, rest = top(F.linear(rows, head), planned.k)
+            if not bool(torch.isfinite(logp).all()):
+                _blame(teacher)
             writer.put(at - start, {"ids": ids, "logp": logp, "log_rest": rest})
     output.discard(work)
+
+
+def _blame(teacher: Teacher) -> None:
+    """FormatError for logits that are no numbers behind blocks whose outputs are."""
+    for name in teacher.source.names:
+        if block_of(teacher.found, name) is None:
+            finite(teacher.source, name)
+    raise FormatError(
+        f"{teacher.source.path}: the logits hold NaN or Inf though the weights are finite; take another text"
+    )
 
 
 def top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -120,6 +120,16 @@ class Capture:
         self.folder, self.facts = folder, facts
         self.k, self.vocab = int(facts["k"]), int(facts["vocab"])
         self.sha256 = sha256_of(folder / FACTS)
+        self._sums = [(str(e["file"]), str(e["sha256"])) for e in [*facts["shards"], *facts["files"]]]
+        if (
+            not facts["tokenizer"]["sha256"]
+            or int(facts["tokenizer"]["tokens"]) != self.vocab
+            or not 0 <= self.k <= self.vocab
+        ):
+            raise FormatError(
+                f"{folder / FACTS}: vocab {self.vocab}, k {self.k} and a tokenizer of {facts['tokenizer']['tokens']} tokens do not "
+                f"go together; {_AGAIN}"
+            )
         self._shards = [_checked(folder / shard_name(i), int(s["rows"]), self.k) for i, s in enumerate(facts["shards"])]
         rows = [int(s["rows"]) for s in facts["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
@@ -154,7 +164,9 @@ class Capture:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise
-            raise FormatError(f"{path / FACTS}: not as it was written ({type(error).__name__}: {error})") from None
+            raise FormatError(
+                f"{path / FACTS}: not as it was written ({type(error).__name__}: {error}); {_AGAIN}"
+            ) from None
         if verify:
             found.verify()
         if tokenizer is not None:
@@ -172,14 +184,12 @@ class Capture:
 
     def verify(self) -> None:
         """Reads every file; FormatError names the first whose sha256 is not the one that was written down."""
-        for entry in [*self.facts["shards"], *self.facts["files"]]:
-            path = self.folder / Path(entry["file"]).name
+        for name, written in self._sums:
+            path = self.folder / Path(name).name
             if not path.is_file():
                 raise FormatError(f"{path}: missing; {_AGAIN}")
-            if (found := sha256_of(path)) != entry["sha256"]:
-                raise FormatError(
-                    f"{path}: sha256 {found[:12]}, written was {str(entry['sha256'])[:12]}: changed since; {_AGAIN}"
-                )
+            if (found := sha256_of(path)) != written:
+                raise FormatError(f"{path}: sha256 {found[:12]}, written was {written[:12]}: changed since; {_AGAIN}")
 
     def must_fit(self, model_dir: str | os.PathLike[str]) -> None:
         """FormatError when an id of this capture is another token, or none, in the tokenizer of `model_dir`."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..formats.spec import FormatError
-from .sources import open_source
+from .sources import open_text
 from .text import Encoder, Tally
 
 
@@ -87,10 +87,7 @@ def of_text(source: str, model_dir: Path, vocab: int, seq_len: int, positions: i
         raise FormatError(f"--seq-len {seq_len}: a window has at least 2 tokens, one to see and one to predict")
     if positions is not None and seq_len > positions:
         raise FormatError(f"--seq-len {seq_len} is above the teacher's {positions} positions; lower it")
-    try:
-        text = open_source(source)
-    except FormatError as error:
-        raise FormatError(str(error).replace("calibration file", "the text")) from None
+    text = open_text(source)
     encoder, tally, parts = Encoder(model_dir, vocab), Tally(), _Parts()
     for document in text.documents():
         tally.add(encoder.encode(document, tally), document.more)

@@ -33,6 +33,7 @@ from .output import Output
 from .progress import Callback, Meter
 from .sources import MAX_LINE, Document, checked_messages
 from .text import Encoder, Tally
+from .walk import finite
 
 FILE = "completions.jsonl"
 VERDICTS = ("kept", "dropped", "timed_out", "empty", "no_tokens")
@@ -191,9 +192,12 @@ def run(
         counts = _write(planned, speak, file, out, journal, progress)
         if not counts["kept"]:
             said = ", ".join(f"{counts[v]} {v.replace('_', ' ')}" for v in VERDICTS[1:])
-            raise FormatError(
-                f"{planned.data['name']}: no completion was kept ({said}); loosen --keep {planned.keep.words}"
+            remedy = (
+                f"loosen --keep {planned.keep.words}"
+                if counts["dropped"] + counts["timed_out"]
+                else "take other prompts"
             )
+            raise FormatError(f"{planned.data['name']}: no completion was kept ({said}); {remedy}")
         stream = capture_text.of_sequences(_kept(file), planned.data)
         taught = Plan(planned.teacher, stream, planned.k, planned.shard_tokens)
         capture.write_shards(taught, out, journal, progress)
@@ -240,7 +244,7 @@ def _write(
         stream.truncate(finished[-1]["bytes"] if finished else 0)  # lines of a prompt that a kill cut short
         stream.seek(0, os.SEEK_END)
         for number in range(len(finished), len(planned.prompts)):
-            generate = generate or speak()
+            generate = generate or _sound(planned.teacher, speak)
             prompt, verdicts = planned.prompts[number], Counter[str]()
             for sample, answer in enumerate(generate(prompt.ids, planned.n, seed_of(planned.seed, number))):
                 verdict = _verdict(planned, prompt, answer)
@@ -255,6 +259,13 @@ def _write(
             counts.update(verdicts)
             meter.add(1, f"prompt {number}, {counts['kept']} kept")
     return dict(counts)
+
+
+def _sound(teacher: Teacher, speak: Callable[[], Generate]) -> Generate:
+    """The model that speaks; FormatError when a weight of it is no number: what it wrote would look like text all the same."""
+    for name in teacher.source.names:
+        finite(teacher.source, name)
+    return speak()
 
 
 def seed_of(seed: int, prompt: int) -> int:

@@ -25,7 +25,7 @@ from . import output
 from .capture_cache import Capture
 from .distill_losses import TopK
 from .distill_models import Batch
-from .sources import open_source
+from .sources import open_text
 from .text import Encoder, Tally
 
 TOKENS, FACTS = "tokens.i32", "tokens.json"
@@ -190,7 +190,7 @@ def write(source: str, folder: Path, model_dir: Path, vocab: int, length: int) -
 
     FormatError names file and line of what cannot be read; for no text at all, and for less than one window.
     """
-    text, encoder, tally = open_source(source), Encoder(model_dir, vocab), Tally()
+    text, encoder, tally = open_text(source), Encoder(model_dir, vocab), Tally()
     with (folder / TOKENS).open("wb") as file:
         for document in text.documents():
             tally.add(encoder.encode(document, tally), document.more)
@@ -223,7 +223,7 @@ def opened(folder: Path) -> TokenData:
 
 def probe(source: str, model_dir: Path, vocab: int, length: int, batch: int) -> str:
     """Reads only the front of the text: FormatError when it cannot be read or holds less than one batch; its name."""
-    text, encoder, tally = open_source(source), Encoder(model_dir, vocab), Tally()
+    text, encoder, tally = open_text(source), Encoder(model_dir, vocab), Tally()
     whole = True
     for document in text.documents():
         tally.add(encoder.encode(document, tally), document.more)

@@ -52,7 +52,7 @@ def block_pairs(text: str, student: Checkpoint, teacher: Checkpoint) -> tuple[tu
         if not colon and known is None:
             raise FormatError(
                 f"--hidden-blocks {text}: which of the teacher's {counts[1]} blocks belongs to one of the student's {counts[0]} "
-                "is not known (no prune.json of it); write student:teacher, such as 3:4"
+                "is not known (no prune.json that says so); write student:teacher, such as 3:4"
             )
         mine = int(ours)
         if mine < counts[0]:
@@ -70,10 +70,13 @@ def _kept(student: Checkpoint, counts: list[int]) -> list[int] | None:
     path = student.path / PRUNED
     if path.is_file():
         try:
-            kept: Any = json.loads(path.read_text(encoding="utf-8")).get("kept_layers")
-        except (ValueError, AttributeError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            kept: Any = told.get("kept_layers")
+            before = told.get("cuts", {}).get("layers", [counts[0]])[0]
+        except (ValueError, AttributeError, LookupError):
             raise FormatError(f"{path}: not a report of percard prune; remove it, or prune again") from None
-        if isinstance(kept, list) and len(kept) == counts[0] and max(kept, default=0) < counts[1]:
+        # A teacher with other blocks than those it was cut from: of two prunings it knows the second.
+        if before == counts[1] and isinstance(kept, list) and len(kept) == counts[0] and max(kept, default=0) < before:
             return [int(i) for i in kept]
     return list(range(counts[0])) if counts[0] == counts[1] else None
 

@@ -161,7 +161,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """A checkpoint as transformers loads it, on the CPU. FormatError when a weight of the model is not in the files."""
+    """A checkpoint as transformers loads it, on the CPU. FormatError when a weight is not in the files, or no number."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -185,6 +185,9 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     model, found = loaded
     if found["missing_keys"]:
         raise FormatError(f"{folder}: transformers finds no weight for {sorted(found['missing_keys'])[0]}")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise FormatError(f"{folder}: tensor {name} holds NaN or Inf; repair the source or download it again")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise FormatError(f"{folder}: the head has a bias, which no loss here knows")
     return model

@@ -15,7 +15,7 @@ import numpy as np
 from ..formats.checkpoint import Checkpoint
 from ..formats.spec import FormatError
 from . import distill_data, qad_child, walk
-from .capture_cache import FACTS, Capture
+from .capture_cache import FACTS, Capture, shard_name
 from .distill_losses import LOSSES, Objective
 from .distill_match import block_pairs, shared_vocabulary
 from .distill_models import Hidden
@@ -352,6 +352,8 @@ def _mixed(planned: Plan) -> Iterator[str]:
 def _open(folder: Path, role: str) -> tuple[Checkpoint, walk.Map]:
     if not folder.is_dir():
         raise FormatError(f"{folder}: the {role} is not there; give its folder")
+    if (folder / shard_name(0)).is_file():
+        raise FormatError(f"{folder}: a capture without {FACTS}: not finished, or cut; run percard capture again")
     source = Checkpoint.open(folder)
     if any(source.config.get(k) is not None for k in ("quantization_config", "compression_config")):
         remedy = "quantise the student after, or train it as it is with --qad" if role == "student" else "its source"

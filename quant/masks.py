@@ -25,10 +25,10 @@ from .methods import sparse
 from .methods.sparse import Pattern
 from .output import Output
 from .progress import Callback, Meter
-from .prune import REPORT, finite
+from .prune import REPORT
 from .prune_scores import Chain
 from .text import Calibration
-from .walk import Linear, Map
+from .walk import Linear, Map, finite
 
 FILE = "masks.safetensors"
 

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..formats.checkpoint import Checkpoint, Writer
-from ..formats.spec import FormatError
+from ..formats.checkpoint import Writer
 from . import output, prune_check, report
 from .journal import NAME, Journal, machine, source_mark, stretches
 from .methods import depth, width
@@ -33,7 +32,7 @@ from .prune_child import Child, Keep
 from .prune_plan import Cost, Plan, Wish, plan
 from .prune_scores import Chain, WidthScores, depth_passes, depth_scores
 from .prune_sizes import ENDS
-from .walk import Shape
+from .walk import Shape, finite
 
 REPORT, SCORES = "prune.json", "scores.safetensors"
 UNIT = 512 << 20  # bytes of the source that a journal line of slicing stands for
@@ -252,13 +251,3 @@ def _card(done: Mapping[str, Any], planned: Plan) -> str:
         lines.append(f"Checked: {done['check']['words']}.")
     lines += ["", "To know:", "", *(f"- {words}" for words in planned.warnings)] if planned.warnings else []
     return "\n".join(lines) + "\n"
-
-
-def finite(source: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor of the source; FormatError when it holds NaN or Inf."""
-    tensor = source.read(name)
-    if not bool(torch.isfinite(tensor).all()):
-        raise FormatError(
-            f"{source.info(name).file}: tensor {name} holds NaN or Inf; repair the source or download it again"
-        )
-    return tensor

@@ -43,6 +43,7 @@ _AROUND = {"model.embed_tokens": (None, "hidden"), "lm_head": (None, "hidden"), 
 _EXPERT_NAME = re.compile(r"mlp\.experts\.(\d+)\.(\w+)")
 # Lists of the config with an entry for each block, or with numbers of blocks, that `config_of` brings along.
 _BY_BLOCK, _OF_BLOCKS = ("layer_types",), ("mlp_only_layers",)
+_NEVER_BLOCKS = ("architectures", "eos_token_id", "short_factor", "long_factor", "mrope_section")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +172,8 @@ class Child:
         out = dict(source)
         layers = self.sizes.layers
         if len(kept) < layers:
-            for key, value in source.items():
-                if isinstance(value, list) and len(value) == layers and key not in (*_BY_BLOCK, *_OF_BLOCKS):
+            for key in _lists(source, layers):
+                if key not in (*_BY_BLOCK, *_OF_BLOCKS):
                     raise FormatError(
                         f"{where}/config.json: {key} is a list with an entry for each of {layers} blocks that pruning does "
                         "not know; cut width instead of layers"
@@ -196,6 +197,15 @@ class Child:
         if given.experts:
             out |= {expert_key(source): given.experts, "moe_intermediate_size": given.expert_ffn}
         return out
+
+
+def _lists(config: Mapping[str, Any], length: int, prefix: str = "") -> Iterator[str]:
+    """Keys of lists of that length, those of objects inside as well (outer.inner); not those that never go by blocks."""
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == length and key not in _NEVER_BLOCKS:
+            yield prefix + key
+        elif isinstance(value, Mapping):
+            yield from _lists(value, length, f"{prefix}{key}.")
 
 
 def _spread(heads: torch.Tensor, size: int) -> torch.Tensor:

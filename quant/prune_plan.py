@@ -140,6 +140,8 @@ def plan(src: str | os.PathLike[str], wish: Wish, *, cost: Cost | None = None) -
         child = Child(found, source.config, sizes, given, any_keep(sizes, given))
         return sum(int(np.prod(cut.shape(shapes[name]))) for name, cut in child.tensors(shapes))
 
+    if "ffn" in wish.sizes and not any(n.endswith(".mlp.down_proj") for n in (x.name for x in found.linears)):
+        raise FormatError(f"ffn {wish.sizes['ffn']}: every block of this model has experts; take expert_ffn or experts")
     if wish.sizes:
         given = align(sizes, wish.sizes, wish.rule)
     else:

@@ -25,7 +25,7 @@ from .methods.width import ChannelScore, head_norms
 from .progress import Meter
 from .prune_sizes import ENDS, Sizes
 from .spill import Spill, SpillWriter
-from .walk import Map
+from .walk import Map, block_of, finite
 
 TOKENS_AT_ONCE = 2048  # of one forward call
 Saw = Callable[[torch.Tensor, torch.Tensor], None]  # a batch of a block's inputs and outputs
@@ -77,9 +77,7 @@ class Chain:
                 for x, arguments in self._batches(here, number):
                     y = block.forward(x, arguments)
                     if not bool(torch.isfinite(y).all()):
-                        raise FormatError(
-                            f"{self.source.path}: block {number} gives NaN or Inf on the calibration text"
-                        )
+                        self._blame(number)
                     if saw is not None:
                         saw(x, y)
                     out.add(y)
@@ -88,6 +86,16 @@ class Chain:
             here = then
             self.meter.add(1, f"{label}block {number}")
         return here
+
+    def _blame(self, number: int) -> None:
+        """FormatError for a block whose outputs are no numbers; names the tensor where it is one of its own."""
+        for name in self.source.names:
+            if block_of(self.found, name) == number:
+                finite(self.source, name)
+        raise FormatError(
+            f"{self.source.path}: block {number} gives NaN or Inf on this text though its weights are finite; take another "
+            "text, or repair the source"
+        )
 
     def _batches(self, file: Path, number: int) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         spill = Spill(file)

@@ -49,6 +49,14 @@ def open_source(source: str | None) -> Jsonl | Plain | DataSet:
     return Jsonl(path, source) if path.suffix.lower() == ".jsonl" else Plain(path, source)
 
 
+def open_text(source: str) -> Jsonl | Plain | DataSet:
+    """As `open_source`, for a text that is not calibrated on: errors call it the text."""
+    try:
+        return open_source(source)
+    except FormatError as error:
+        raise FormatError(str(error).replace("calibration file", "the text")) from None
+
+
 class _File:
     """A file that is read from the front and hashed on the way. `name` is printed in errors."""
 

@@ -232,6 +232,16 @@ def block_of(found: Map, name: str) -> int | None:
     )
 
 
+def finite(source: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor of the source; FormatError when it holds NaN or Inf."""
+    tensor = source.read(name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise FormatError(
+            f"{source.info(name).file}: tensor {name} holds NaN or Inf; repair the source or download it again"
+        )
+    return tensor
+
+
 def kv_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
     """(key heads, query heads per key head, head size) of a config.json."""
     heads, hidden = (_integer(config, key, where) for key in ("num_attention_heads", "hidden_size"))

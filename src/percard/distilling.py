@@ -141,17 +141,15 @@ def _trained(
     fresh: bool,
     as_json: bool,
 ) -> dict[str, Any]:
-    from .pruning import beside
+    from .pruning import beside, held_out
     from .quant import distill as distilling
 
     def measure(model: Path, reference: Path) -> dict[str, Any]:
         assert text is not None
         return beside(model, reference, text)
 
-    if text is not None and not text.is_file():
-        from .formats.spec import FormatError
-
-        raise FormatError(f"{text}: the held-out text is not there; give a text file")
+    if text is not None:
+        held_out(text, student)
     with console.showing_progress(as_json) as progress:
         return distilling.run(
             student,

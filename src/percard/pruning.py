@@ -78,6 +78,8 @@ def prune(
         raise typer.BadParameter("--mask leaves all sizes as they are; take sizes, targets and --dry-run out")
     if out is None and not dry_run:
         raise typer.BadParameter("--out is missing; name the folder to write")
+    if text is not None:
+        held_out(text, origin)
     try:
         if mask is not None:
             done = _masked(origin, out, mask, sparsity, texts, force, as_json)
@@ -187,15 +189,35 @@ def sizes_of(planned: Any, serving: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def held_out(text: Path, model: Path) -> Any:
+    """Ids of a held-out text, the first 16,384; FormatError, before hours of work, when nothing can be scored on it."""
+    from .bench import quality
+    from .formats.spec import FormatError
+
+    if not text.is_file():
+        raise FormatError(f"{text}: the held-out text is not there; give a text file")
+    ids = quality.read_ids(text, model, 16384)
+    if len(ids) < 2:
+        raise FormatError(f"{text}: the held-out text has {len(ids)} tokens; give one with at least 2")
+    return ids
+
+
 def beside(child: Path, source: Path, text: Path) -> dict[str, Any]:
-    """KL, top-1 and perplexity of the child against its source on a held-out text, both in fp32 through the engine."""
+    """KL, top-1 and perplexity of the child against its source on a held-out text, both in fp32 through the engine.
+
+    Heads that one tokenizer pads to different sizes are compared over its tokens.
+    """
     import torch
 
     from .bench import engine, quality
+    from .formats.checkpoint import Checkpoint
+    from .quant.distill_match import shared_vocabulary
 
-    ids = quality.read_ids(text, source, 16384)
+    ids = held_out(text, source)
     reference, model = (engine.load(folder, dtype=torch.float32) for folder in (source, child))
-    found = quality.compare(reference, model, ids)
+    padded = reference.config.vocab != model.config.vocab
+    vocab = shared_vocabulary(Checkpoint.open(child), Checkpoint.open(source)) if padded else None
+    found = quality.compare(reference, model, ids, vocab=vocab)
     return {
         "kl": found.kl,
         "top1": found.top1,
