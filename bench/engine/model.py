@@ -388,15 +388,14 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[int] | None = None,
+        keep_stop: bool = False,  # whether the id that ended an answer is its last
     ) -> list[list[int]]:
-        """Up to `max_new` new ids per prompt, without the id that ended it. `stop` None = the model's end-of-text ids."""
+        """Up to `max_new` new ids per prompt. `stop` None = the model's end-of-text ids."""
         stop = self.config.eos if stop is None else tuple(stop)
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("a prompt has no token; give at least one")
         if (worst := max(max(p) for p in prompts)) >= self.config.vocab:
-            raise ValueError(
-                f"token {worst} is outside the vocabulary of {self.config.vocab}; is it another tokenizer?"
-            )
+            raise ValueError(f"token {worst} is outside the vocabulary of {self.config.vocab}; another tokenizer?")
         lengths = [len(p) for p in prompts]
         padded = [list(p) + [0] * (max(lengths) - len(p)) for p in prompts]
         cache = self.new_cache(len(prompts), max(lengths) + max_new)
@@ -407,10 +406,10 @@ class Model:
         for index in range(max_new):
             tokens = sampler(logits)
             for b, token in enumerate(tokens.tolist()):
-                if b in running and token in stop:
-                    running.discard(b)
-                elif b in running:
+                if b in running and (keep_stop or token not in stop):
                     answers[b].append(token)
+                if token in stop:
+                    running.discard(b)
             if not running or index + 1 == max_new:
                 break
             logits = self.step(tokens, cache)

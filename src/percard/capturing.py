@@ -127,12 +127,14 @@ def speaker(folder: Path, planned: CompletionPlan) -> Generate:
 
     def generate(ids: list[int], n: int, seed: int) -> list[Answer]:
         room = planned.room(Prompt(ids, ""))
-        answers = model.generate([ids] * n, room, temperature=temperature, top_p=top_p, seed=seed, stop=stops)
-        # The engine leaves out the id that ended a text; the student has to learn it.
-        return [
-            Answer([*new, stops[0]] if len(new) < room else new, vocabulary.continuation(ids, new), len(new) < room)
-            for new in answers
-        ]
+        answers = model.generate(
+            [ids] * n, room, temperature=temperature, top_p=top_p, seed=seed, stop=stops, keep_stop=True
+        )
+        made = []
+        for new in answers:  # the student has to learn the id that ended it, which may be any of several
+            ended = bool(new) and new[-1] in stops
+            made.append(Answer(new, vocabulary.continuation(ids, new[:-1] if ended else new), ended))
+        return made
 
     return generate
 

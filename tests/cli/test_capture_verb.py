@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def test_completions_of_the_engine_follow_from_the_seed(percard: Run, prompts: P
     made = json.loads((tmp_path / "d" / "capture.json").read_text())
     assert made["completions"]["dropped"] == 4 - len(kept) and made["k"] == 4
     assert Capture.open(tmp_path / "d", EXAMPLE).tokens == made["tokens"] <= told["tokens"]
+
+
+def test_a_completion_ends_with_the_id_that_ended_it(percard: Run, prompts: Path, tmp_path: Path) -> None:
+    """Of several end-of-text ids the one that the teacher chose: a chat model's is not the first of its config."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(EXAMPLE, teacher)
+    words = ["capture", teacher, "--generate", prompts, "--n", 1, "--temperature", 0, "--max-new", 12]
+    assert percard(*words, "--out", tmp_path / "free").code == 0
+    free = [json.loads(line) for line in (tmp_path / "free" / "completions.jsonl").read_text().splitlines()]
+    new = [entry["ids"][entry["prompt_tokens"] :] for entry in free]
+    last = new[0][5]
+    never = next(i for i in range(4096) if all(i not in ids for ids in new))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"eos_token_id": never}))
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [never, last]}))
+    assert percard(*words, "--out", tmp_path / "ended").code == 0
+    ended = json.loads((tmp_path / "ended" / "completions.jsonl").read_text().splitlines()[0])
+    wanted = new[0][: new[0].index(last) + 1]
+    assert ended["ended"] and ended["ids"][ended["prompt_tokens"] :] == wanted
 
 
 @pytest.mark.parametrize(
