@@ -14,7 +14,8 @@
     output: {dir: ./out}
 
 A stage works on the child of the stage before it, the first on the model. Its folder is `name` under output.dir: the verb, from
-its second use on with a number (distill-2), or what `name:` says. A teacher is `source` (the model), an earlier stage, or a folder.
+its second use on with a number (distill-2), or what `name:` says. A teacher is `source` (the model), an earlier
+stage, or a folder; of distilling also a list of captures.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 class Stage:
     """One step. wish: what its verb takes: a Wish of pruning or distilling, a Recipe of quantising, else plain keys and values.
 
-    teacher: `source`, the name of an earlier stage or a folder; "" where there is none. cost: prune's card, spec, users, ctx.
+    teachers: each `source`, the name of an earlier stage or a folder; more than one only of distilling. cost: prune's card,
+    spec, users, ctx.
     """
 
     kind: str
     name: str
     wish: Any
-    teacher: str = ""
+    teachers: tuple[str, ...] = ()
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Stage:
             tree = dict(wish)
         else:
             tree = dataclasses.asdict(wish)
-        return {self.kind: tree, "teacher": self.teacher, "cost": dict(self.cost)}
+        return {self.kind: tree, "teachers": list(self.teachers), "cost": dict(self.cost)}
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,11 @@ class _Parser:
         tree = fields.mapping(settings, where, None)
         name = self._name(kind, tree.pop("name", None), where)
         try:
-            wish, teacher, cost = getattr(self, f"_{kind}")(tree, where)
+            wish, teachers, cost = getattr(self, f"_{kind}")(tree, where)
         except (RecipeError, FormatError) as error:
             words = str(error)
             raise RecipeError(words if words.startswith("stages[") else f"{where}: {words}") from None
-        self.stages.append(Stage(kind, name, wish, teacher, cost))
+        self.stages.append(Stage(kind, name, wish, teachers, cost))
 
     def _name(self, kind: str, given: Any, where: str) -> str:
         taken = [stage.name for stage in self.stages]
@@ -227,7 +229,7 @@ class _Parser:
             )
         return teacher
 
-    def _prune(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+    def _prune(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         if "rounds" in tree:
             raise RecipeError(f"{where}.rounds: a round is a prune and a distill stage; write both once for each round")
         fields.only(tree, (*PRUNE, *COST, "calibration"), where)
@@ -256,7 +258,7 @@ class _Parser:
             check=fields.flag(tree.get("check", True), f"{where}.check"),
             **targets,
         )
-        return wish, "", cost if cost["card"] is not None else {}
+        return wish, (), cost if cost["card"] is not None else {}
 
     def _calibration(self, own: Any, where: str) -> Calibration:
         """The stage's own text, or that of the recipe."""
@@ -264,7 +266,7 @@ class _Parser:
         tree = self.shared.get("calibration") if own is None else own
         return recipe.calibration_of(fields.mapping(tree, place, ("source", "samples", "seq_len", "seed")))
 
-    def _capture(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+    def _capture(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         fields.only(tree, ("teacher", "data", "generate", "keep", *CAPTURE), where)
         wish: dict[str, Any] = {
             n: number(tree[n], f"{where}.{n}", kind, 0, None) for n, kind in CAPTURE.items() if n in tree
@@ -276,9 +278,9 @@ class _Parser:
         if wrong:
             raise RecipeError(f"{where}.{wrong[0]}: is for {'generate' if 'data' in wish else 'data'}; leave it out")
         Keep.parse(wish.get("keep"), wish.get("keep_timeout", 10.0))
-        return wish, self._teacher(tree.get("teacher", SOURCE), where), {}
+        return wish, (self._teacher(tree.get("teacher", SOURCE), where),), {}
 
-    def _distill(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+    def _distill(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         kinds = {f.name: str(f.type) for f in dataclasses.fields(DistillWish)}
         fields.only(tree, (*kinds, "teacher", "train"), where)
         values: dict[str, Any] = {}
@@ -297,30 +299,34 @@ class _Parser:
                 values[name] = fields.text(value, place)
         if "train" in tree:
             what = fields.choice(tree["train"], f"{where}.train", ("weights", "scales"))
-            if "scales_only" not in kinds:
-                raise RecipeError(f"{where}.train: this version trains weights only; leave it out")
             values["scales_only"] = what == "scales"
         if "teacher" not in tree:
             raise RecipeError(f"{where}.teacher is missing; say {SOURCE}, an earlier stage, or a folder")
-        return DistillWish(**values), self._teacher(tree["teacher"], where), {}
+        given = tree["teacher"] if isinstance(tree["teacher"], list) else [tree["teacher"]]
+        teachers = tuple(self._teacher(one, where) for one in given)
+        coded = any(s.kind == "quantize" or getattr(s.wish, "quantised", False) for s in self.stages)
+        if values.get("qad") is not None and not coded and "calibration" not in values:  # GPTQ makes the codes first
+            text = self._calibration(None, where)
+            values |= {"calibration": text.source, "samples": values.get("samples", text.samples)}
+        return DistillWish(**values), teachers, {}
 
-    def _quantize(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+    def _quantize(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         check = self.check
         promote = check.on_red == "promote" and check.text is not None
         verify: dict[str, Any] = {"level": "weights"}
         if promote:
             verify = {"level": "model", "text": check.text, "on_red": "promote", "max_extra": check.max_extra}
-        return recipe.of_tree({**self.shared, "stages": [{"quantize": tree}], "verify": verify}), "", {}
+        return recipe.of_tree({**self.shared, "stages": [{"quantize": tree}], "verify": verify}), (), {}
 
-    def _verify(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+    def _verify(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         fields.only(tree, ("level",), where)
-        if not any(s.kind == "quantize" or getattr(s.wish, "qad", None) for s in self.stages):
+        if not any(s.kind == "quantize" or getattr(s.wish, "quantised", False) for s in self.stages):
             raise RecipeError(f"{where}: there is nothing quantised to open yet; put it behind quantize")
         level = fields.choice(tree.get("level", self.check.level), f"{where}.level", LEVELS)
         _needs_text(level, self.check.text, f"{where}.level")
-        return {"level": level, "text": self.check.text, "tokens": self.check.tokens}, "", {}
+        return {"level": level, "text": self.check.text, "tokens": self.check.tokens}, (), {}
 
-    def _bench(self, tree: dict[str, Any], where: str) -> tuple[Any, str, Mapping[str, Any]]:
+    def _bench(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         fields.only(tree, (*BENCH, "head", "of"), where)
         if self.check.text is None:
             raise RecipeError(
@@ -331,7 +337,7 @@ class _Parser:
         wish["of"] = fields.choice(tree.get("of", "all"), f"{where}.of", ("all", "last"))
         if not any(stage.kind in MAKES_CHILD for stage in self.stages):
             raise RecipeError(f"{where}: there is no child to time yet; put it behind the stage that makes one")
-        return wish, "", {}
+        return wish, (), {}
 
 
 def number(value: Any, where: str, kind: type, low: float | None, high: float | None) -> Any:

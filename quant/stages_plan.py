@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..formats.checkpoint import Checkpoint
-from ..formats.header import nbytes_of, print_header
+from ..formats.header import nbytes_of, print_header, read_header
 from ..formats.spec import FormatError
 from ..kernels.op import Unsupported
 from . import capture, completions, distill_plan, heldout, output, preflight, prune_plan, vocabulary
@@ -29,11 +29,11 @@ from .fields import RecipeError
 from .keep import Keep
 from .prune_child import Child
 from .prune_plan import Cost
-from .recipe import Recipe
 from .report import human
 from .stages import MAKES_CHILD, SOURCE, Stage, Stages
 
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+SHAPE = ".weight_shape"
 _SIDE = 64 << 20  # bytes of a side file that a ghost gets a copy of
 
 
@@ -65,7 +65,7 @@ class Step:
             "stage": self.stage.name,
             "verb": self.stage.kind,
             "of": self.student,
-            "teacher": self.stage.teacher,
+            "teachers": list(self.stage.teachers),
             "words": self.words,
             "bytes": self.bytes,
             "work_bytes": self.work,
@@ -119,12 +119,13 @@ class Planner:
     def _step(self, stage: Stage, words: str, **more: Any) -> Step:
         return Step(stage, words, self.child, self.origins.get(self.child, self.child), **more)
 
-    def _teacher(self, stage: Stage) -> Path:
-        folder = self.places.get(stage.teacher) or Path(stage.teacher).expanduser()
-        if not folder.is_dir():
-            known = ", ".join(self.places)
-            raise FormatError(f"teacher {stage.teacher}: no such folder; give one, or one of {known}")
-        return folder
+    def _teachers(self, stage: Stage) -> list[Path]:
+        folders = [self.places.get(name) or Path(name).expanduser() for name in stage.teachers]
+        for name, folder in zip(stage.teachers, folders, strict=True):
+            if not folder.is_dir():
+                known = ", ".join(self.places)
+                raise FormatError(f"teacher {name}: no such folder; give one, or one of {known}")
+        return folders
 
     def _prune(self, stage: Stage) -> Step:
         cost = self.cost(stage.cost) if self.cost is not None and stage.cost else None
@@ -143,7 +144,7 @@ class Planner:
         return self._step(stage, words, bytes=size, warnings=told)
 
     def _capture(self, stage: Stage) -> Step:
-        folder, wish = self._teacher(stage), dict(stage.wish)
+        folder, wish = self._teachers(stage)[0], dict(stage.wish)
         if "data" in wish:
             text = capture.plan(folder, wish.pop("data"), **wish)
             windows, rows, k = text.stream.windows, text.stream.rows, text.k
@@ -159,31 +160,31 @@ class Planner:
             words = f"{windows:,} completions of {len(plan.prompts):,} prompts, at most {rows:,} tokens, k = {k}"
             self._ghost_capture(stage.name, teacher, k, rows, lengths, windows)
         size = rows * capture.row_bytes(k)
-        return self._step(stage, f"{stage.teacher}: {words}", bytes=size, work=work)
+        return self._step(stage, f"{stage.teachers[0]}: {words}", bytes=size, work=work)
 
     def _distill(self, stage: Stage) -> Step:
-        plan = distill_plan.plan(self.places[self.child], self._teacher(stage), stage.wish)
+        plan = distill_plan.plan(self.places[self.child], self._teachers(stage), stage.wish)
         wish, steps = stage.wish, None
         if wish.steps is not None or wish.tokens is not None:
             steps = plan.steps(0)
         length = "once through the text" if steps is None else f"{steps:,} steps"
         need = plan.memory
         words = (
-            f"{self.child} learns from {stage.teacher}: {plan.objective.kind}, {length} of {wish.batch} x {plan.window} tokens; "
+            f"{self.child} learns from {' and '.join(stage.teachers)}: {plan.objective.kind}, {length} of {wish.batch} x {plan.window} tokens; "
             f"memory {human(sum(need.values()))} without activations"
         )
-        spec = getattr(wish, "qad", None)
-        quantised = spec is not None or self.child in self.origins
         size = plan.student.nbytes
-        if spec is not None and self.child not in self.origins:
-            made = preflight.check(self.places[self.child], Recipe.from_flags(spec=spec))
+        if plan.qad is not None:
+            words = f"{' and '.join(plan.qad.to_dict()['train'])} of {plan.qad.spec}, from {plan.qad.words}; {words}"
+        if plan.qad is not None and plan.qad.recipe is not None:
+            made = preflight.check(self.places[self.child], plan.qad.recipe)
             size = self._ghost(stage.name, made.config, made.tensors, plan.student)
         else:
             self.places[stage.name] = self.places[self.child]
         told = plan.warnings
         states = 2 * 12 * plan.parameters[0]  # parameter and two moments in fp32; one state while the next is written
         return self._step(
-            stage, words, bytes=size, work=states, question=plan.question, warnings=told, quantised=quantised
+            stage, words, bytes=size, work=states, question=plan.question, warnings=told, quantised=plan.qad is not None
         )
 
     def _quantize(self, stage: Stage) -> Step:
@@ -241,7 +242,9 @@ class Planner:
         (folder / "config.json").write_text(json.dumps(config))
         for file, text in (extra or {}).items():
             (folder / file).write_text(text)
-        _sparse(folder / "model.safetensors", tensors)
+        file = folder / "model.safetensors"
+        _sparse(file, tensors)
+        _write_shapes(file, source)
         return sum(nbytes_of(dtype, shape) for dtype, shape in tensors.values())
 
     def _ghost_capture(
@@ -261,6 +264,7 @@ class Planner:
             "verb": "capture",
             "k": k,
             "vocab": teacher.vocab,
+            "teacher": {"name": teacher.source.path.name, "sha256": str(teacher.source.path)},
             "tokenizer": {"sha256": teacher.words.sha256},
             "packing": {"window": one, "windows": windows},
             "shards": [{"rows": rows}],
@@ -275,6 +279,15 @@ def _sparse(path: Path, tensors: Tensors) -> None:
     with path.open("wb") as file:
         file.write(header)
         file.truncate(max((begin + size for begin, size in ranges.values()), default=len(header)))
+
+
+def _write_shapes(path: Path, source: Checkpoint) -> None:
+    """Of packed weights the shape stands in a tensor of its own, which a ghost has to have. source: before packing."""
+    with path.open("r+b") as file:
+        for name, info in read_header(path).items():
+            if name.endswith(SHAPE) and (weight := name.removesuffix("_shape")) in source.tensors:
+                file.seek(info.begin)
+                file.write(torch.tensor(source.info(weight).shape, dtype=info.dtype).numpy().tobytes())
 
 
 def needs(steps: list[Step]) -> int:

@@ -203,8 +203,8 @@ def _what(step: Step) -> str:
         return f"{wish.spec} {'+'.join(s.method for s in wish.steps)}"
     if step.stage.kind == "distill":
         length = f", {wish.steps} steps" if wish.steps else ""
-        kind = "scales" if getattr(wish, "scales_only", False) else getattr(wish, "qad", None) or "16 bit"
-        return f"{kind}, from {step.stage.teacher}{length}"
+        kind = "scales" if wish.scales_only else wish.qad or "16 bit"
+        return f"{kind}, from {' and '.join(step.stage.teachers)}{length}"
     return "16 bit, pruned"
 
 

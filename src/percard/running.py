@@ -246,9 +246,8 @@ class Work:
             return sha256_of(facts) if facts.is_file() else source_mark(Checkpoint.open(folder))
 
         stage = step.stage
-        roles = (
-            {"teacher": stage.teacher} if stage.kind == "capture" else {"model": step.student, "teacher": stage.teacher}
-        )
+        roles = {f"teacher {number}": name for number, name in enumerate(stage.teachers, 1)}
+        roles |= {"model": step.student} if stage.kind != "capture" else {}
         if stage.kind in ("verify", "bench"):
             roles["original"] = step.origin if stage.kind == "verify" else "source"
         found = {"settings": json.loads(json.dumps(console.plain_data(stage.to_dict())))}
@@ -289,7 +288,7 @@ class Work:
         from .quant import capture, completions
         from .quant.keep import Keep
 
-        teacher, wish = self._teacher(step.stage.teacher), dict(step.stage.wish)
+        teacher, wish = self._teacher(step.stage.teachers[0]), dict(step.stage.wish)
         if "data" in wish:
             text = capture.plan(teacher, wish.pop("data"), **wish)
             capture.run(text, folder, force=force, fresh=fresh, progress=progress)
@@ -301,9 +300,16 @@ class Work:
     def _distill(self, step: Step, folder: Path, force: bool, fresh: bool, progress: Any) -> None:
         from .quant import distill
 
-        student, teacher = self.folder(step.student), self._teacher(step.stage.teacher)
+        teachers = [self._teacher(name) for name in step.stage.teachers]
         distill.run(
-            student, teacher, folder, step.stage.wish, yes=self.yes, force=force, fresh=fresh, progress=progress
+            self.folder(step.student),
+            teachers,
+            folder,
+            step.stage.wish,
+            yes=self.yes,
+            force=force,
+            fresh=fresh,
+            progress=progress,
         )
 
     def _quantize(self, step: Step, folder: Path, force: bool, fresh: bool, progress: Any) -> None:

@@ -73,7 +73,7 @@ def test_a_recipe_as_people_write_it() -> None:
     assert prune_.sizes == {"ffn": 9216, "layers": 32} and (prune_.width, prune_.depth) == ("activation", "bi")
     assert (prune_.rule.group, prune_.rule.tp) == (128, 2), "a child is aligned for how it will be quantised and served"
     assert (first.tokens, first.lr, first.loss) == (2_500_000_000, 1e-4, "fkl") and second.lr == 1e-4
-    assert found.stages[3].teacher == "capture" and found.stages[2].teacher == "source"
+    assert found.stages[3].teachers == ("capture",) and found.stages[2].teachers == ("source",)
     assert [s.method for s in quantised.steps] == ["awq", "gptq"] and quantised.calibration.samples == 512
     assert (
         verify["level"] == "model"
@@ -193,6 +193,16 @@ def test_the_dry_run_names_stage_and_reason(tmp_path: Path, stages: list[str], w
     with pytest.raises((FormatError, RecipeError, ValueError, NotImplementedError)) as caught:
         planned(tmp_path, *stages)
     assert words in str(caught.value)
+
+
+def test_training_what_is_quantised(tmp_path: Path) -> None:
+    """Scales of a quantised child, or a 16-bit one that becomes INT4 while it trains; both are quantised from then on."""
+    scales = f"distill: {{teacher: [prune], train: scales, data: {TEXT}, steps: 2, batch: 2, seq_len: 64}}"
+    steps = planned(tmp_path, PRUNE, "quantize: {spec: w4a16-g64}", scales, "verify")
+    assert "scales of w4a16-g64" in steps[2].words and steps[3].student == "distill" and steps[3].origin == "prune"
+    steps = planned(tmp_path, PRUNE, DISTILL.replace("steps: 2", "steps: 2, qad: w4a16-g64"), "verify")
+    assert "weights of w4a16-g64, from GPTQ over calibration.txt" in steps[1].words and steps[2].origin == "prune"
+    assert steps[1].bytes < steps[0].bytes / 2
 
 
 def test_completions_count_as_many_windows_as_there_can_be(tmp_path: Path) -> None:
