@@ -1,12 +1,13 @@
 """Linears that train with the weights that will be written: fake quantisation, and its gradients.
 
-    weights    value = (q - z) s,  q = round(clamp(w / s + z)):  dw = dvalue where w / s + z is in the range of the codes, else 0
-    scales     s = store(base (1 + shift)):  ds = sum over the group of dvalue (q - z), which is exact while the codes stay;
-               where weights move as well, dvalue (q - (w / s + z)) inside the range (LSQ, arXiv 1902.08153)
+    weights    u = w / s + z, in steps of the scale;  q = round(clamp(u)),  value = (q - z) s:  du = dvalue s inside the range
+               of the codes, 0 where a step would lead further out of it
+    scales     s = store(base (1 + shift)):  ds = sum over the group of dvalue (q - z), exact, since no code depends on s
 
-Rounding has no gradient; it is passed straight through (arXiv 1308.3432). Every forward pass rounds scales to what the file
-stores, codes to what the codec finds (formats/affine.py, the same operations in the same order), and where a row's scales are
-multiples of one number (affine.two_level) they stay so. What was trained is therefore what is written, bit by bit.
+Rounding has no gradient; it is passed straight through (arXiv 1308.3432). That weights are trained in steps keeps codes where
+they are when a scale moves, and makes one learning rate right for all layers. Every forward pass rounds scales to what the file
+stores and codes to what the codec finds (formats/affine.py); where a row's scales are multiples of one number
+(affine.two_level) they stay so. What was trained is therefore what is written, bit by bit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..formats.tensor import QuantTensor
 from ..kernels import rows
 
 SHIFT = "scale_shift"  # how the trained parameter of the scales is called in a module
-SHIFT_TIMES = 100.0  # the rate of scales, shares of what they were, to that of the weights beside them
+SHIFT_TIMES = 10.0  # the rate of scales, shares of what they were, to that of the weights beside them
 _LEAST, _MOST = 0.125, 8.0  # of what a scale was at the start: it stays positive, and no group gets lost
 _INSIDE = 0.49  # of a step: so near to its code's border a weight may start
 
@@ -31,7 +32,7 @@ _INSIDE = 0.49  # of a step: so near to its code's border a weight may start
 class FakeLinear(nn.Module):
     """y = x value^T + bias, with value the dequantised weight that a file will hold.
 
-    tensor: where it starts, plain. train_weights: fp32 weights [N, K] are trained, from `near` [N, K] (the weight that was
+    tensor: where it starts, plain. train_weights: `steps` fp32 [N, K] are trained, from `near` [N, K] (the weight that was
     rounded, None: the centres of the codes), else the codes stay. train_scales: scales are trained as base (1 + shift).
     """
 
@@ -56,7 +57,7 @@ class FakeLinear(nn.Module):
         two = affine.two_level(tensor.scale) if tensor.spec.act_bits == 8 and tensor.spec.group is not None else None
         self.register_buffer("unit", None if two is None else two[0], persistent=False)
         self.register_buffer("codes", None if train_weights else tensor.data, persistent=False)
-        self.weight = nn.Parameter(start(tensor, near)) if train_weights else None
+        self.steps = nn.Parameter(start(tensor, near)) if train_weights else None
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         self.scale_shift = nn.Parameter(torch.zeros_like(self.base)) if train_scales else None
 
@@ -69,10 +70,8 @@ class FakeLinear(nn.Module):
 
     def value(self) -> torch.Tensor:
         """The weight as the file says it, fp32 [N, K]."""
-        if self.weight is not None:
-            found: torch.Tensor = _Weight.apply(self.weight, self.scale(), self.zero, self.spec)
-        else:
-            found = _Codes.apply(self.scale(), self.codes, self.zero)
+        codes = self.codes if self.steps is None else _Round.apply(self.steps, self.spec)
+        found: torch.Tensor = _Value.apply(codes, self.scale(), self.zero)
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,8 +87,8 @@ class FakeLinear(nn.Module):
             scale = _Scale.apply(_whole(self.scale_shift), self.base, self.unit, self.stored)
         codes = self.codes
         if codes is None:
-            assert self.weight is not None
-            codes = affine.encode(_whole(self.weight), scale, self.zero, self.spec)
+            assert self.steps is not None
+            codes = _Round.apply(_whole(self.steps), self.spec).to(torch.int8)
         shape = (codes.shape[0], codes.shape[1])
         return QuantTensor(codes, scale.to(self.stored), self.zero, self.spec, "plain", shape).to("cpu")
 
@@ -101,18 +100,16 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def start(tensor: QuantTensor, near: torch.Tensor | None) -> torch.Tensor:
-    """fp32 weights [N, K] whose codes are those of `tensor`: the nearest ones to `near`, or the centres."""
-    centre = affine.dequantize(tensor)
+    """fp32 steps [N, K] whose codes are those of `tensor`: as near to the weights `near` as may be, or the codes themselves."""
+    codes = tensor.data.float()
     if near is None:
-        return centre
-    if near.shape != centre.shape:
-        raise FormatError(f"a weight is {tuple(near.shape)}, its codes {tuple(centre.shape)}")
-    grouped = (*tensor.scale.shape, -1)
-    reach = _INSIDE * tensor.scale.float().unsqueeze(2)
-    low, high = (centre.view(grouped) + sign * reach for sign in (-1, 1))
-    found = torch.maximum(torch.minimum(near.float().view(grouped), high), low).view(centre.shape)
-    same = affine.encode(found, tensor.scale, tensor.zero, tensor.spec) == tensor.data
-    return torch.where(same, found, centre)
+        return codes
+    if near.shape != codes.shape:
+        raise FormatError(f"a weight is {tuple(near.shape)}, its codes {tuple(codes.shape)}")
+    steps = near.float().view(*tensor.scale.shape, -1) / tensor.scale.float().unsqueeze(2)
+    if tensor.zero is not None:
+        steps += tensor.zero.unsqueeze(2)
+    return codes + (steps.view(codes.shape) - codes).clamp_(-_INSIDE, _INSIDE)
 
 
 class _Scale(torch.autograd.Function):
@@ -137,62 +134,43 @@ class _Scale(torch.autograd.Function):
         return found.masked_fill_(stuck, 0.0), None, None, None
 
 
-class _Codes(torch.autograd.Function):
-    """(q - z) s of fixed codes: linear in s."""
+class _Round(torch.autograd.Function):
+    """Codes, as fp32, of weights in steps."""
 
     @staticmethod
-    def forward(ctx: Any, scale: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(codes, zero)
-        ctx.groups = scale.shape
+    def forward(ctx: Any, steps: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        ctx.save_for_backward(steps)
+        ctx.spec = spec
+        return steps.clamp(spec.qmin, spec.qmax).round_()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (steps,) = ctx.saved_tensors
+        out = ((steps <= ctx.spec.qmin - 0.5) & (grads[0] > 0)) | ((steps >= ctx.spec.qmax + 0.5) & (grads[0] < 0))
+        return grads[0].masked_fill(out, 0.0), None
+
+
+class _Value(torch.autograd.Function):
+    """(q - z) s of codes q [N, K], int8 or fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(codes, scale, zero)
         return (_levels(codes, zero, scale.shape) * scale.unsqueeze(2)).view(codes.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        codes, zero = ctx.saved_tensors
-        levels = _levels(codes, zero, ctx.groups)
-        return levels.mul_(grads[0].float().view(levels.shape)).sum(2), None, None
+        codes, scale, zero = ctx.saved_tensors
+        grad = grads[0].float().view(*scale.shape, -1)
+        dcodes = (grad * scale.unsqueeze(2)).view(codes.shape) if ctx.needs_input_grad[0] else None
+        dscale = (_levels(codes, zero, scale.shape) * grad).sum(2) if ctx.needs_input_grad[1] else None
+        return dcodes, dscale, None
 
 
 def _levels(codes: torch.Tensor, zero: torch.Tensor | None, groups: torch.Size) -> torch.Tensor:
     """q - z, fp32 [N, K/group, group]."""
     found = codes.to(torch.float32).view(*groups, -1)
-    return found if zero is None else found.sub_(zero.unsqueeze(2))
-
-
-class _Weight(torch.autograd.Function):
-    """(q - z) s of the codes q that the codec finds for w."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scale, zero)
-        ctx.spec = spec
-        t = _steps(weight, scale, zero).clamp_(spec.qmin, spec.qmax).round_()
-        if zero is not None:
-            t.sub_(zero.unsqueeze(2))
-        return t.mul_(scale.unsqueeze(2)).view(weight.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        weight, scale, zero = ctx.saved_tensors
-        spec: QuantSpec = ctx.spec
-        t = _steps(weight, scale, zero)
-        inside = (t >= spec.qmin - 0.5) & (t <= spec.qmax + 0.5)
-        grad = grads[0].float().view(t.shape)
-        dscale = None
-        if ctx.needs_input_grad[1]:
-            q = t.clamp(spec.qmin, spec.qmax).round_()
-            offset = t if zero is None else t - zero.unsqueeze(2)
-            levels = q if zero is None else q.sub_(zero.unsqueeze(2))
-            dscale = levels.sub_(offset * inside).mul_(grad).sum(2)
-        return (grad * inside).view(weight.shape), dscale, None, None
-
-
-def _steps(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-    """w / s + z, fp32 [N, K/group, group], as affine.encode computes it."""
-    t = weight.float().view(*scale.shape, -1) / scale.unsqueeze(2)
-    return t if zero is None else t.add_(zero.unsqueeze(2))
+    return found if zero is None else found - zero.unsqueeze(2)
 
 
 class _Rows(torch.autograd.Function):
