@@ -22,8 +22,9 @@ from .distill_models import Hidden
 from .qad_child import Qad
 
 HIDDEN = ("mse", "cosine")
-# Peak learning rates: of 16-bit weights, of weights under fake quantisation, of scales as shares of what they were.
-RATES = {"": 5e-5, "qad": 1e-5, "scales": 1e-3}
+# Peak learning rates: of 16-bit weights; of weights under fake quantisation, in steps of their scale; of scales, as shares of
+# what they were. What else is trained has a share of it (qad.py).
+RATES = {"": 5e-5, "qad": 1e-2, "scales": 1e-3}
 
 
 class Refused(RuntimeError):
@@ -38,7 +39,7 @@ class Wish:
 
     lr is the peak rate (None: by what is trained, see `rate`); batch counts windows of a step over all processes, micro those
     that run at once in one (None: all). qad: the spec that the student trains with, its weights, with learn_scales its scales
-    too, with scales_only these alone; calibration (None: data) and samples: what GPTQ reads where the student is 16-bit.
+    too, with scales_only these alone, with train_rest embeddings, norms, biases and head as well; calibration (None: data) and samples: what GPTQ reads where the student is 16-bit.
     """
 
     data: str | None = None
@@ -64,6 +65,7 @@ class Wish:
     qad: str | None = None
     scales_only: bool = False
     learn_scales: bool = False
+    train_rest: bool = False
     calibration: str | None = None
     samples: int = 256
 
@@ -114,7 +116,7 @@ class Wish:
                 raise FormatError(f"--{name} {getattr(self, name):g}: expected 0 or more")
         if self.scales_only and self.learn_scales:
             raise FormatError("--scales-only keeps the codes, --learn-scales trains them as well; say one of them")
-        for name in ("learn_scales", "calibration"):
+        for name in ("learn_scales", "train_rest", "calibration"):
             if getattr(self, name) and not self.quantised:
                 raise FormatError(f"--{name.replace('_', '-')} belongs to a quantised student; add --qad SPEC")
 

@@ -21,7 +21,7 @@ from .distill_data import digest
 from .distill_models import Batch, Student, Teacher, target_of
 from .distill_processes import Processes
 from .progress import Callback, Meter
-from .qad import SHIFT, SHIFT_TIMES, FakeLinear
+from .qad import REST_BESIDE_SCALES, REST_TIMES, SCALES_TIMES, SHIFT, STEPS
 
 WARM_UP, WARM_UP_STEPS, LAST = 0.02, 10, 0.1
 BETAS, CLIP = (0.9, 0.95), 1.0
@@ -58,14 +58,17 @@ class Schedule:
 
 
 def optimiser_of(student: Student, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW over what is trained; norms, biases and scales are not decayed. Scales beside weights move at a rate of their own."""
+    """AdamW over what is trained; norms, biases and all of a quantised student are not decayed."""
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     scales = [trained.pop(name) for name in list(trained) if name.endswith(SHIFT)]
-    beside = any(isinstance(module, FakeLinear) and module.weight is not None for module in student.modules())
+    steps = [trained.pop(name) for name in list(trained) if name.endswith(STEPS)]
+    rest = (REST_TIMES if steps else REST_BESIDE_SCALES) if scales or steps else 1.0
+    decay = schedule.decay if rest == 1.0 else 0.0
     groups = [
-        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": schedule.decay, "times": 1.0},
-        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0, "times": 1.0},
-        {"params": scales, "weight_decay": 0.0, "times": SHIFT_TIMES if beside else 1.0},
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": decay, "times": rest},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0, "times": rest},
+        {"params": steps, "weight_decay": 0.0, "times": 1.0},
+        {"params": scales, "weight_decay": 0.0, "times": SCALES_TIMES if steps else 1.0},
     ]
     made = torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.lr, betas=BETAS)
     distill_state.prepare(made)

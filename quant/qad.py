@@ -24,9 +24,15 @@ from ..formats.tensor import QuantTensor
 from ..kernels import rows
 
 SHIFT = "scale_shift"  # how the trained parameter of the scales is called in a module
-SHIFT_TIMES = 10.0  # the rate of scales, shares of what they were, to that of the weights beside them
+STEPS = "steps"  # and that of the weights
+# Learning rates to the peak rate: of scales, as shares of what they were, and of 16-bit parameters, beside weights in steps;
+# and of 16-bit parameters beside scales alone.
+SCALES_TIMES, REST_TIMES, REST_BESIDE_SCALES = 0.1, 0.01, 0.1
 _LEAST, _MOST = 0.125, 8.0  # of what a scale was at the start: it stays positive, and no group gets lost
-_INSIDE = 0.49  # of a step: so near to its code's border a weight may start
+_INSIDE, _NEARER = (
+    0.49,
+    0.8,
+)  # a weight starts at most so many steps from its code, and then so much nearer to it: not at its border
 
 
 class FakeLinear(nn.Module):
@@ -84,16 +90,17 @@ class FakeLinear(nn.Module):
         """What is written; on the CPU. Where FSDP2 splits parameters every process has to ask."""
         scale = self.base
         if self.scale_shift is not None:
-            scale = _Scale.apply(_whole(self.scale_shift), self.base, self.unit, self.stored)
+            scale = _Scale.apply(whole(self.scale_shift), self.base, self.unit, self.stored)
         codes = self.codes
         if codes is None:
             assert self.steps is not None
-            codes = _Round.apply(_whole(self.steps), self.spec).to(torch.int8)
+            codes = _Round.apply(whole(self.steps), self.spec).to(torch.int8)
         shape = (codes.shape[0], codes.shape[1])
         return QuantTensor(codes, scale.to(self.stored), self.zero, self.spec, "plain", shape).to("cpu")
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter, all of it, where FSDP2 splits it."""
     found: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
     return found
 
@@ -109,7 +116,7 @@ def start(tensor: QuantTensor, near: torch.Tensor | None) -> torch.Tensor:
     steps = near.float().view(*tensor.scale.shape, -1) / tensor.scale.float().unsqueeze(2)
     if tensor.zero is not None:
         steps += tensor.zero.unsqueeze(2)
-    return codes + (steps.view(codes.shape) - codes).clamp_(-_INSIDE, _INSIDE)
+    return codes + (steps.view(codes.shape) - codes).clamp_(-_INSIDE, _INSIDE).mul_(_NEARER)
 
 
 class _Scale(torch.autograd.Function):

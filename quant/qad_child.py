@@ -2,7 +2,8 @@
 
 A student that is quantised already starts from its own codes and scales; of a 16-bit one GPTQ makes them first. Trained are the
 linears of the decoder blocks: their weights (codes move), their scales, or both. All else, embeddings, norms, biases, a head,
-stays as it is, byte by byte, and so do the names, dtypes and shapes of every tensor: the child opens wherever its start does.
+stays as it is, byte by byte, unless it is to be trained as well: then it is rounded to its 16 bits at the end. Names, dtypes and
+shapes of every tensor stay: the child opens wherever its start does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..formats.writer import Writer
 from . import blocks, preflight, quantize, report, walk
 from .pair import specs_of
 from .progress import Callback
-from .qad import FakeLinear
+from .qad import FakeLinear, whole
 from .recipe import Recipe
 from .report import Report
 
@@ -49,6 +50,7 @@ class Qad:
     recipe: Recipe | None
     weights: bool
     scales: bool
+    rest: bool
     words: str
 
     @property
@@ -64,12 +66,16 @@ class Qad:
     def memory(self) -> int:
         """Bytes: 16 of what is trained (value, gradient, two moments in fp32), codes, scales, fp32 of the rest."""
         weights, scales, others = self.counts
-        return weights * (16 if self.weights else 1) + scales * (20 if self.scales else 4) + 4 * others
+        return (
+            weights * (16 if self.weights else 1)
+            + scales * (20 if self.scales else 4)
+            + (16 if self.rest else 4) * others
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         weights, scales, _ = self.counts
-        train = [name for name, on in (("weights", self.weights), ("scales", self.scales)) if on]
+        train = [name for name, on in (("weights", self.weights), ("scales", self.scales), ("rest", self.rest)) if on]
         counts = {"modules": len(self.trained), "weights": weights, "scales": scales}
         return {"spec": str(self.spec), "train": train, "start": self.words, **counts}
 
@@ -117,7 +123,7 @@ def opened(folder: Path, wish: Wish) -> Qad:
             f"{folder}: no linear of a block is quantised, so nothing would be trained; quantise them first"
         )
     weights, scales = not wish.scales_only, wish.scales_only or wish.learn_scales
-    return Qad(spec, specs, found, trained, source, recipe, weights, scales, words)
+    return Qad(spec, specs, found, trained, source, recipe, weights, scales, wish.train_rest, words)
 
 
 def _map(made: Checkpoint, specs: Mapping[str, QuantSpec]) -> walk.Map:
@@ -171,7 +177,11 @@ def load(qad: Qad, made: Checkpoint) -> Any:
         if parameter.is_meta:
             value = affine.dequantize(read(qad, made, heads[name])) if name in heads else made.read(name).float()
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            trained = qad.rest and name not in heads
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trained))
+    for module in model.modules():
+        if qad.rest and isinstance(module, FakeLinear) and module.bias is not None:
+            module.bias.requires_grad_(True)
     if qad.found.tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
@@ -202,11 +212,27 @@ def write(qad: Qad, made: Checkpoint, model: Any, out: Path | None) -> None:
             for suffix, part in compressed_tensors.write(tensor, qad.found.dtype).items():
                 writer.add(f"{linear.name}.{suffix}", part)
                 del left[f"{linear.name}.{suffix}"]
+        rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name in left}
+        for name, parameter in rest.items():
+            tensor_16 = whole(parameter).to("cpu", plan[name][0])
+            if writer is not None:
+                writer.add(name, tensor_16)
+                del left[name]
         if writer is not None:
             for name in left:
-                writer.add_raw(name, made.raw(name))
+                if qad.rest and qad.found.tied and name == walk.HEAD:  # stored twice
+                    writer.add(name, whole(rest[walk.EMBEDDING]).to("cpu", plan[name][0]))
+                else:
+                    writer.add_raw(name, made.raw(name))
             writer.copy_side_files(made)
             writer.finish(made.config)
+
+
+def trained_rest(qad: Qad) -> tuple[str, ...]:
+    """Names of the 16-bit tensors that are trained as well."""
+    heads = {x.name for x in qad.found.linears if x.name in qad.specs and x.block is None}
+    others = [x.tensor for x in qad.found.linears if x.name not in qad.specs and x.name not in heads]
+    return tuple(sorted([*qad.found.others, *others])) if qad.rest else ()
 
 
 def reported(folder: Path) -> Report | None:

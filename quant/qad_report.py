@@ -16,7 +16,7 @@ from . import distill_report, engines, output, report, verify, walk
 from .distill_plan import Plan
 from .output import Output
 from .progress import Callback
-from .qad_child import Qad, reported
+from .qad_child import Qad, reported, trained_rest
 from .report import Module, Report
 
 FILES = ("qad.json", "qad-loss.png")
@@ -88,6 +88,7 @@ def _said(qad: Qad, start: Checkpoint, dst: Path, seconds: float) -> Report:
         calibration={} if before is None else before.calibration,
         fingerprints={} if before is None else before.fingerprints,
         promotions=() if before is None else before.promotions,
+        trained=trained_rest(qad),
     )
 
 
@@ -99,9 +100,10 @@ def _training(planned: Plan, done: Mapping[str, Any]) -> list[str]:
     """The part of the card that says what was trained how."""
     qad = planned.qad
     assert qad is not None
-    weights, scales, _ = qad.counts
+    weights, scales, rest = qad.counts
     what = [f"{weights:,} weights under fake quantisation"] if qad.weights else []
     what += [f"{scales:,} scales"] if qad.scales else []
+    what += [f"{rest:,} 16-bit parameters"] if qad.rest else []
     return [
         "## Trained after quantising",
         "",

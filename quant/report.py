@@ -111,6 +111,7 @@ class Report:
     seconds: by phase. checks: what `verify` compared. versions: of what can change the bytes. fingerprints: sha256 of
     source, calibration and what else the bytes depend on. calibration: name, sha256 and size of the text; empty = none read.
     gates: one per check with a text, the last is the one that counts. accepts: which engines load these containers.
+    trained: tensors that are not quantised and were trained after it, so that they are not the source's any more.
     """
 
     verb: str
@@ -133,6 +134,7 @@ class Report:
     gates: tuple[Gate, ...] = ()
     promotions: tuple[Promotion, ...] = ()
     accepts: tuple[dict[str, Any], ...] = ()
+    trained: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -168,7 +170,7 @@ class Report:
             tree = _known(cls, tree, "", unknown)
             for key, kind in _RECORDS.items():
                 tree[key] = tuple(_record(kind, entry, key, unknown) for entry in tree.get(key, ()))
-            for key in ("failures", "flags", "warnings", "accepts"):
+            for key in ("failures", "flags", "warnings", "accepts", "trained"):
                 tree[key] = tuple(tree.get(key, ()))
             tree["warnings"] += tuple(f"{path.name}: unknown key {key!r} was not read" for key in unknown)
             return cls(**tree)
@@ -287,7 +289,13 @@ def card(report: Report, base: str, serve: Mapping[str, str], licence: Licence |
     lines += [f"- {count} x {rule}" for rule, count in Counter(report.kept.values()).items()]
     touched = report.checks.get("transformed")
     norms = "norms (where a method moved scales between weights, changed with them)" if touched else "norms"
-    lines += [f"- embeddings, {norms} and every file that is not a weight: byte by byte", ""]
+    if report.trained:
+        lines += [
+            f"- every file that is not a weight: byte by byte; {len(report.trained)} other tensors were trained",
+            "",
+        ]
+    else:
+        lines += [f"- embeddings, {norms} and every file that is not a weight: byte by byte", ""]
     notes = [*report.failures, *report.flags, *report.warnings]
     lines += ["To know:", "", *(f"- {text}" for text in notes), ""] if notes else []
     lines.append(

@@ -265,7 +265,10 @@ def _copies(pair: Pair, names: list[str], meter: Meter) -> Iterator[str]:
     for name in names:
         info = source.info(EMBEDDING if name == HEAD and pair.untied else name)
         if name in made.tensors and made.info(name).nbytes == info.nbytes:
-            if pair.touches(name):
+            if pair.said is not None and name in pair.said.trained:
+                if not bool(torch.isfinite(made.read(name)).all()):
+                    problems.append(f"{made.info(name).file}: tensor {name} holds NaN or Inf; train it again")
+            elif pair.touches(name):
                 if not _equal(made.read(name), pair.stored(name), pair.transforms.rotation is not None):
                     problems.append(
                         f"{made.info(name).file}: tensor {name} differs from the source's after the transforms "

@@ -46,7 +46,9 @@ def distill(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate; falls to a tenth. Default 5e-5; --qad 1e-5, --scales-only 1e-3."),
+        typer.Option(
+            help="Peak learning rate; falls to a tenth. Default 5e-5; --qad 1e-2 of a step, --scales-only 1e-3."
+        ),
     ] = None,
     decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.01,
     every: Annotated[int, typer.Option(help="Steps between states that a killed run goes on from.")] = 200,
@@ -62,6 +64,9 @@ def distill(
     scales_only: Annotated[bool, typer.Option("--scales-only", help="Codes stay, scales are trained.")] = False,
     learn_scales: Annotated[
         bool, typer.Option("--learn-scales", help="With --qad: scales as well as weights.")
+    ] = False,
+    train_rest: Annotated[
+        bool, typer.Option("--train-rest", help="With --qad or --scales-only: embeddings, norms and head as well.")
     ] = False,
     calibration: Annotated[
         str | None, typer.Option(help="What GPTQ reads first when STUDENT is 16-bit; default: --data.")
@@ -91,7 +96,7 @@ def distill(
         wish = Wish(
             data, loss, beta, temperature, hard, hidden, hidden_blocks, hidden_weight, steps,
             None if tokens is None else _whole(tokens), seq_len, batch, micro, lr, decay, every, seed, checkpointing,
-            dtype, device, qad, scales_only, learn_scales, calibration, samples,
+            dtype, device, qad, scales_only, learn_scales, train_rest, calibration, samples,
         )  # fmt: skip
         if dry_run:
             done = _planned(ours, theirs, wish)
