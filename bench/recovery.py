@@ -8,7 +8,7 @@ while the student drifts away from it. So there are two measures, and a control 
     DIR/arms/NAME.json    one file per finished arm: a run that was stopped goes on behind the last one; an arm whose commands,
                           text or start have changed is done again (`--fresh`: all of them)
     DIR/NAME/             what its commands wrote; distilling that was killed goes on from its own state
-    FILE.json             the record: settings, machine, every arm with its commands, seconds and scores, and what was asked of it
+    FILE.json, FILE.md    the record: settings, machine, every arm with its commands, seconds and scores, what was asked; its tables
 
 The training text is a seeded part of Python's standard library, which is what tiny-qwen3 was trained on, without the held-out
 files; its sha256 is in the record. Another Python has another library: then the figures differ in their last digits.
@@ -45,7 +45,7 @@ from ..formats.spec import FormatError
 from . import card, quality
 from .engine import Model, load
 from .llmcompressor_sides import our_source
-from .recovery_arms import STEPS, Arm, all_arms, checks
+from .recovery_arms import CASES, SEEDS, STEPS, Arm, all_arms, checks
 
 SCHEMA = 1
 _EXAMPLE = Path("examples/tiny-qwen3")  # of the repository; a wheel does not ship it
@@ -326,6 +326,32 @@ def markdown(found: Mapping[str, Any], kinds: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def choices(found: Mapping[str, Any]) -> str:
+    """The table of docs, of what scores gain on chance: KL right after pruning, a column for each seed."""
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    lines = ["| | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |", "|---|" + "---:|" * len(SEEDS)]
+    for case, (size, _, ways) in CASES.items():
+        for way in ways:
+            each = [arms[n] for seed in SEEDS if (n := f"{case}-{way}-{seed}") in arms]
+            if len(each) == len(SEEDS):
+                words = f"`{size}`, {'at random' if way == 'random' else f'by {way}'}"
+                lines.append(f"| {words} | " + " | ".join(f"{arm['kl']:.4f}" for arm in each) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def asked(found: Mapping[str, Any]) -> str:
+    """The table of docs, of what was asked."""
+    lines = ["| asked | found | limit |", "|---|---:|---:|"]
+    lines += [f"| {c['words']} | {c['value']:,.3g} | {c['limit']:,.3g} |" for c in found["checks"]]
+    return "\n".join(lines) + "\n"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """All tables of a record, as docs have them."""
+    head = f"# {found['model']}, {found['text']}\n\n`{found['command']}`"
+    return "\n".join([head, "", choices(found), markdown(found, ("child", "distil")), asked(found)])
+
+
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """The same for a terminal, and what was asked."""
     arms, asked = Table(title=f"{found['model']}, {found['text']}"), Table()
@@ -389,9 +415,10 @@ def main(
     cells_done = [cell for name in cells.arms if (cell := cells.finished(name)) is not None]
     found = record(cells, cells_done, shlex.join(["python", "-m", f"{_PACKAGE}.bench.recovery", *sys.argv[1:]]))
     write(out, found)
+    out.with_suffix(".md").write_text(page(found), encoding="utf-8")
     for table in tables(found):
         console.print(table)
-    console.print(f"written: {out}")
+    console.print(f"written: {out} and {out.with_suffix('.md').name}")
     if not all(check["held"] for check in found["checks"]):
         raise typer.Exit(4)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from percard.bench import engine, recovery, recovery_arms
 from percard.bench.recovery import Cells, Failed
-from percard.bench.recovery_arms import Arm, all_arms, checks
+from percard.bench.recovery_arms import Arm, all_arms, checks, distil_arms, prune_arms
 from percard.cli import app
 from percard.formats.spec import FormatError
 
@@ -210,3 +210,46 @@ def test_what_is_asked() -> None:
     ):
         assert {c["name"] for c in checks(_arms(**over)) if not c["held"]} == missed
     assert checks({}) == []
+
+
+def test_tables_hold_what_the_record_holds() -> None:
+    arms = [{"name": name, "kind": "prune", "words": "w", "cpu_seconds": 66.0, "ce": 3.0, "top1": 0.5, "parameters": 1234, **arm}
+            for name, arm in _arms().items() if "kl" in arm]  # fmt: skip
+    found = {"model": "m", "text": "t", "command": "c", "arms": arms, "checks": checks(_arms())}
+    assert "| `--ffn 576`, at random | 0.1500 | 0.2000 | 0.2000 |\n" in recovery.choices(found)
+    assert "by loss" not in recovery.choices(found), "which was not run"
+    table = recovery.markdown(found, ("prune",)).splitlines()
+    assert len(table) == 2 + len(arms) and all(line.count("|") == table[0].count("|") for line in table)
+    assert recovery.markdown(found, ("distil",)).count("\n") == 2
+    page = recovery.page(found)
+    assert all(part in page for part in (recovery.choices(found), recovery.asked(found)))
+    shown, wanted = recovery.tables(found)
+    assert shown.row_count == len(arms) and wanted.row_count == len(found["checks"])
+
+
+RECORD = EXAMPLE.parents[1] / "bench" / "results" / "recovery-tiny-qwen3.json"
+
+
+def test_the_committed_record_holds_and_is_what_docs_say() -> None:
+    found = json.loads(RECORD.read_text())
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert found["schema"] == recovery.SCHEMA and found["model"] == EXAMPLE.name and found["cpu"]["model"]
+    known = {arm.name: arm for arm in all_arms()}
+    assert list(arms) == [name for name in known if name in arms], "in order"
+    assert {arm.name for arm in (*prune_arms(), *distil_arms())} <= set(arms)
+    for arm in [known[name] for name in arms]:
+        assert arms[arm.name]["commands"] == [f"percard {command}" for command in arm.commands], arm.name
+        assert arms[arm.name]["seconds"] > 0 and len(arms[arm.name]["source"]) == 64
+        if arm.start:
+            assert arms[arm.name]["distill"]["steps"] == recovery_arms.STEPS
+            again = recovery.recovered(arms[arm.name], arms[arm.start])
+            assert {key: arms[arm.name][key] for key in again} == pytest.approx(again)
+    assert found["checks"] == checks(arms) and {c["name"] for c in found["checks"] if not c["held"]} == set()
+    assert {c["name"] for c in checks(_arms())} <= {c["name"] for c in found["checks"]}
+    docs = EXAMPLE.parents[1] / "docs"
+    for name, table in (
+        ("prune.md", recovery.choices(found)),
+        ("distill.md", recovery.markdown(found, ("child", "distil"))),
+        ("distill.md", recovery.asked(found)),
+    ):
+        assert table in (docs / name).read_text(), f"{name}: copy the table that `--out` writes beside the record"
