@@ -326,6 +326,11 @@ def markdown(found: Mapping[str, Any], kinds: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _short(value: float) -> str:
+    """Three digits, whole numbers from a hundred on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def choices(found: Mapping[str, Any]) -> str:
     """The table of docs, of what scores gain on chance: KL right after pruning, a column for each seed."""
     arms = {arm["name"]: arm for arm in found["arms"]}
@@ -342,7 +347,7 @@ def choices(found: Mapping[str, Any]) -> str:
 def asked(found: Mapping[str, Any]) -> str:
     """The table of docs, of what was asked."""
     lines = ["| asked | found | limit |", "|---|---:|---:|"]
-    lines += [f"| {c['words']} | {c['value']:,.3g} | {c['limit']:,.3g} |" for c in found["checks"]]
+    lines += [f"| {c['words']} | {_short(c['value'])} | {_short(c['limit'])} |" for c in found["checks"]]
     return "\n".join(lines) + "\n"
 
 
@@ -362,7 +367,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     for name in ("asked", "found", "limit", ""):
         asked.add_column(name)
     for check in found["checks"]:
-        numbers = [f"{check[key]:,.3g}" for key in ("value", "limit")]
+        numbers = [_short(check[key]) for key in ("value", "limit")]
         asked.add_row(check["words"], *numbers, "held" if check["held"] else "missed")
     return [arms, asked]
 
