@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ from percard.formats import affine
 from percard.formats.checkpoint import Checkpoint
 from percard.formats.spec import FormatError, QuantSpec
 from percard.kernels import rows
-from percard.quant import distill, qad, qad_child, quantize, verify
+from percard.quant import capture, distill, distill_state, distill_train, qad, qad_child, quantize, verify
 from percard.quant.distill_plan import Wish, plan
 from percard.quant.pair import Pair
 from percard.quant.qad import FakeLinear
 from percard.quant.recipe import Recipe
 
+from .test_capture import with_tokenizer
 from .test_resume import with_text
 
 Tiny = Callable[..., Path]
@@ -253,3 +257,97 @@ def test_wishes_that_do_not_go_together() -> None:
     assert [Wish("x", **o).rate for o in ({}, {"qad": "w4a16"}, {"scales_only": True}, {"lr": 2.0})] == [  # type: ignore[arg-type]
         5e-5, 1e-2, 1e-3, 2.0,
     ]  # fmt: skip
+
+
+def test_a_killed_run_repeats_itself(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of(tiny)
+    start = quantised(source, tmp_path / "start", method="rtn")
+    asked = wish(source, qad="w4a16-g64", learn_scales=True, lr=0.3)
+    distill.run(start, source, tmp_path / "whole", asked)
+    real = distill_state.Curve.add
+
+    def dies(self: Any, point: dict[str, Any]) -> None:
+        real(self, point)
+        if point["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill_state.Curve, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(start, source, tmp_path / "cut", asked)
+    monkeypatch.setattr(distill_state.Curve, "add", real)
+    with pytest.raises(FileExistsError, match="what is trained how"):
+        distill.run(start, source, tmp_path / "cut", dataclasses.replace(asked, learn_scales=False))
+    distill.run(start, source, tmp_path / "cut", asked)
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    curves = [json.loads((tmp_path / name / "qad.json").read_text())["curve"] for name in ("whole", "cut")]
+    assert curves[0] == curves[1] and len(curves[0]) == 6
+
+
+def test_a_capture_teaches_scales(tiny: Tiny, tmp_path: Path) -> None:
+    source = with_tokenizer(source_of(tiny), 96)
+    start, cache = quantised(source, tmp_path / "start", method="rtn"), tmp_path / "cache"
+    capture.run(capture.plan(source, str(source / "calibration.jsonl"), top_k=8, seq_len=32), cache)
+    asked = dataclasses.replace(wish(source, scales_only=True, lr=1e-2, steps=12), data=None)
+    done = distill.run(start, cache, tmp_path / "out", asked)
+    assert done["loss"] == "topk" and done["parameters"]["teacher"] == 0
+    before, after = (Checkpoint.open(folder) for folder in (start, tmp_path / "out"))
+    assert {n.rpartition(".")[2] for n in after.names if not torch.equal(after.read(n), before.read(n))} == {
+        "weight_scale"
+    }
+    points = [point["loss"] for point in done["curve"]]
+    assert sum(points[-4:]) < sum(points[:4])
+
+
+def test_two_processes_train_as_one(tiny: Tiny, tmp_path: Path) -> None:
+    source = source_of(tiny)
+    start = quantised(source, tmp_path / "start", method="rtn")
+    asked = wish(source, qad="w4a16-g64", learn_scales=True, lr=0.05, steps=4)
+    distill.run(start, source, tmp_path / "one", asked)
+    flags = [
+        *("--teacher", source, "--data", source / "calibration.jsonl", "--out", tmp_path / "two", "--device", "cpu"),
+        *("--steps", 4, "--batch", 4, "--seq-len", 32, "--lr", 0.05, "--every", 2, "--qad", "w4a16-g64"),
+        *("--learn-scales", "--json"),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "percard", "distill", str(start), *map(str, flags)],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "qad.json").read_text())["curve"] for name in ("one", "two"))
+    assert [p["loss"] for p in two] == pytest.approx([p["loss"] for p in one], abs=1e-4)
+    assert Checkpoint.open(tmp_path / "two").names == Checkpoint.open(start).names
+    assert verify.verify(tmp_path / "two", source).status != "red"
+
+
+def test_the_dry_run_says_what_it_needs_and_refuses_what_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
+    source = source_of(tiny)
+    start = quantised(source, tmp_path / "start", method="rtn")
+    scales, weights = (plan(start, source, wish(source, **o)) for o in ({"scales_only": True}, {"qad": "w4a16-g64"}))
+    assert scales.qad is not None and scales.qad.counts[:2] == (
+        2 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256),
+        2560,
+    )
+    assert scales.memory["student"] < weights.memory["student"] < 16 * scales.parameters[0]
+    assert scales.to_dict()["qad"]["train"] == ["scales"] and not scales.question
+    with pytest.raises(FormatError, match="is 16-bit and has no scales yet"):
+        plan(source, source, wish(source, scales_only=True))
+    mixture = with_text(tiny("qwen3_moe", name="mixture", max_position_embeddings=64), windows=24)
+    with pytest.raises(FormatError, match="mixtures of experts do not train with --qad"):
+        plan(mixture, mixture, wish(mixture, qad="w4a16-g64"))
+
+
+def test_a_loss_that_is_no_number_stops(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of(tiny)
+    start = quantised(source, tmp_path / "start", method="rtn")
+    real = distill_train._step
+
+    def poisoned(*args: Any) -> dict[str, Any]:
+        point = real(*args)
+        return point | ({"loss": float("nan")} if point["step"] == 4 else {})
+
+    monkeypatch.setattr(distill_train, "_step", poisoned)
+    with pytest.raises(distill_train.Diverged, match="the state of step 2 is kept"):
+        distill.run(start, source, tmp_path / "out", wish(source, scales_only=True))
+    assert not (tmp_path / "out").exists()
