@@ -306,7 +306,7 @@ _COLUMNS = ("arm", "what", "parameters", "KL", "KL back", "top-1", "cross-entrop
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A record's scored arms as text, in the order of its columns."""
-    shown = []
+    shown: list[tuple[str, ...]] = []
     for arm in found["arms"]:
         if "kl" not in arm:
             continue
@@ -417,8 +417,8 @@ def main(
     except (Failed, FormatError) as error:
         console.print(f"percard: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-    cells_done = [cell for name in cells.arms if (cell := cells.finished(name)) is not None]
-    found = record(cells, cells_done, shlex.join(["python", "-m", f"{_PACKAGE}.bench.recovery", *sys.argv[1:]]))
+    finished_arms = [one for name in cells.arms if (one := cells.finished(name)) is not None]
+    found = record(cells, finished_arms, shlex.join(["python", "-m", f"{_PACKAGE}.bench.recovery", *sys.argv[1:]]))
     write(out, found)
     out.with_suffix(".md").write_text(page(found), encoding="utf-8")
     for table in tables(found):
