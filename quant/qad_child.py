@@ -175,7 +175,9 @@ def load(qad: Qad, made: Checkpoint) -> Any:
     heads = {x.tensor: x for x in qad.found.linears if x.name in qad.specs and x.block is None}
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            value = affine.dequantize(read(qad, made, heads[name])) if name in heads else made.read(name).float()
+            value = (
+                affine.dequantize(read(qad, made, heads[name])) if name in heads else walk.finite(made, name).float()
+            )
             owner, _, leaf = name.rpartition(".")
             trained = qad.rest and name not in heads
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trained))

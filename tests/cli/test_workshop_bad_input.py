@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from percard import cli
 from percard.quant import distill_state, output
@@ -38,20 +39,25 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "ab"}\n')
     capture = ["capture", folder / "teacher", "--data", folder / "text.txt", "--seq-len", 32, "--top-k", 4]
     assert cli.run([str(w) for w in [*capture, "--out", folder / "capture"]]) == 0
+    quantize = ["quantize", folder / "student", "--spec", "w4a16-g64", "--out", folder / "w4"]
+    assert cli.run([str(w) for w in quantize]) == 0
     return folder
 
 
 def usual(place: Path, verb: str) -> list[object]:
     """Flags that are right."""
     text = place / "text.txt"
+    windows = ["--seq-len", 32]
+    train = ["--data", text, *windows, "--batch", 2, "--steps", 2, "--device", "cpu"]
     return {
-        "prune": [place / "student", "--group", 64, "--tp", 1, "--calibration", text, "--seq-len", 32, "--samples", 4],
-        "capture": [place / "teacher", "--data", text, "--seq-len", 32, "--top-k", 4],
-        "distill": [place / "student", "--teacher", place / "teacher", "--data", text, "--seq-len", 32, "--batch", 2,
-                    "--steps", 2, "--device", "cpu"],
-        "from capture": [place / "student", "--teacher", place / "capture", "--batch", 2, "--steps", 2, "--device", "cpu"],
+        "prune": [place / "student", "--group", 64, "--tp", 1, "--calibration", text, *windows, "--samples", 4],
+        "capture": [place / "teacher", "--data", text, *windows, "--top-k", 4],
+        "distill": [place / "student", "--teacher", place / "teacher", *train],
+        "quantised": [place / "w4", "--teacher", place / "teacher", *train],
+        "quantised teacher": [place / "student", "--teacher", place / "w4", *train],
+        "from capture": [place / "student", "--teacher", place / "capture", *train[4:]],
         "generate": [place / "teacher", "--generate", place / "prompts.jsonl", "--max-new", 2],
-    }[verb]  # fmt: skip
+    }[verb]
 
 
 def refused(percard: Run, folder: Path, words: list[object], code: int = 2) -> str:
@@ -137,6 +143,16 @@ TABLE: list[tuple[str, list[object], str]] = [
     ("distill", ["--device", "tpu"], "expected cpu or cuda"),
     ("distill", ["--text", "{no.txt}"], "the held-out text is not there"),
     ("distill", ["--text", "{short.txt}"], "the held-out text has 1 tokens"),
+    ("distill", ["--qad", "w9"], "unknown spec 'w9'; examples:"),
+    ("distill", ["--scales-only"], "say which it will have, as in --qad w4a16-g64"),
+    ("distill", ["--learn-scales"], "add --qad SPEC"),
+    ("distill", ["--qad", "w4a16-g64", "--samples", 0], "--samples 0: expected at least 1"),
+    ("distill", ["--qad", "w4a16-g64", "--calibration", "{no.txt}"], "is not there; give a text file"),
+    ("distill", ["--qad", "w4a16-g64", "--calibration", "{short.txt}"], "less than one window of 32; give more text"),
+    ("quantised", [], "or train it as it is with --qad"),
+    ("quantised", ["--qad", "w3a16-g64"], "is w4a16-g64; say --qad w4a16-g64, or give the 16-bit student"),
+    ("quantised", ["--qad", "w4a16-g64", "--calibration", "{text.txt}"], "has its codes already; leave it out"),
+    ("quantised teacher", ["--qad", "w4a16-g64"], "the teacher is quantised; give the 16-bit checkpoint"),
     ("from capture", ["--data", "{text.txt}"], "brings its own text; leave --data out"),
     ("from capture", ["--loss", "fkl"], "it serves topk, or none with --hard 1"),
     ("from capture", ["--temperature", 2], "a capture holds temperature 1"),
@@ -152,7 +168,7 @@ def test_flags_that_cannot_be(
     if flags[-2:] == ["--device", "cuda"] and _has_card():
         pytest.skip("this machine has a card")
     given = [str(f).replace("{", f"{place}/").replace("}", "") if "{" in str(f) else f for f in flags]
-    name = {"from capture": "distill", "generate": "capture"}.get(verb, verb)
+    name = {"prune": "prune", "capture": "capture", "generate": "capture"}.get(verb, "distill")
     before = sorted(place.rglob("*"))
     line = refused(percard, tmp_path, [name, *usual(place, verb), *given, "--out", tmp_path / "deep" / "out"])
     assert words in line
@@ -163,6 +179,39 @@ def _has_card() -> bool:
     from percard.kernels import device
 
     return device.has_card()
+
+
+RECIPES: list[tuple[dict[str, Any], str]] = [
+    ({"stages": [{"distil": {}}]}, "did you mean 'distill'?"),
+    ({"stages": [{"prune": {"fnn": 128}}]}, "unknown key 'fnn', did you mean 'ffn'?"),
+    ({"stages": [{"prune": {"ffn": 999}}]}, "stage 1 of 1 (prune): ffn 999: the source has 256"),
+    ({"teacher": "capture"}, "'capture' is no folder and no earlier stage"),
+    ({"teacher": "./nowhere/x"}, "stage 2 of 2 (distill): teacher ./nowhere/x: no such folder; give one"),
+    ({"name": "prune"}, "the folder prune belongs to an earlier stage; give this one another `name`"),
+    ({"name": "../x"}, "cannot be a folder here"),
+    ({"data": "{no.txt}"}, "stage 2 of 2 (distill): {no.txt}: the text is not there"),
+    ({"data": "{short.txt}"}, "stage 2 of 2 (distill): {short.txt}: 1 tokens are less than one window of 32"),
+    ({"batch": 500}, "stage 2 of 2 (distill): {text.txt}: 1800 tokens are 56 windows of 32, less than one batch"),
+    ({"steps": 0}, "--steps 0: expected at least 1"),
+    ({"verify": {"text": "{short.txt}"}}, "1 tokens; at least 2 are needed"),
+    ({"model": "{w4}"}, "stage 1 of 2 (prune): {w4}: source is already quantised; prune the 16-bit checkpoint first"),
+    ({"model": "{none}"}, "no such folder; give a checkpoint folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), RECIPES, ids=[words[:40] for _, words in RECIPES])
+def test_recipes_that_cannot_be(change: dict[str, Any], words: str, place: Path, tmp_path: Path, percard: Run) -> None:
+    """A wrong last stage is told before the first one starts."""
+    cut = {"ffn": 128, "group": 64, "tp": 1, "width_score": "random"}
+    train = {"teacher": "source", "data": "{text.txt}", "seq_len": 32, "batch": 2, "steps": 2}
+    top = {"model": "{student}", "stages": [{"prune": cut}, {"distill": train}]}
+    here = top if set(change) & {"stages", "model", "verify"} else train
+    here.update(change)
+    filled = json.dumps(top).replace("{no.txt}", f"{place}/no.txt")
+    for name in ("text.txt", "short.txt", "student", "w4", "none", "no.txt"):
+        filled, words = (text.replace(f"{{{name}}}", f"{place}/{name}") for text in (filled, words))
+    (tmp_path / "recipe.yaml").write_text(filled)
+    assert words in refused(percard, tmp_path, ["run", tmp_path / "recipe.yaml", "--out", tmp_path / "out"])
 
 
 @pytest.mark.parametrize("verb", ["prune", "mask", "capture", "distill"])
@@ -317,6 +366,20 @@ def test_a_teacher_whose_last_words_are_no_numbers(
     flags[0] = write(tmp_path / "model", weights)
     line = refused(percard, tmp_path, ["capture", *flags, "--out", tmp_path / "out"])
     assert f"tensor {name} holds NaN or Inf; repair the source" in line
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight_scale"])
+def test_a_quantised_student_with_what_is_no_number(name: str, place: Path, tmp_path: Path, percard: Run) -> None:
+    student = shutil.copytree(place / "w4", tmp_path / "w4")
+    for file in student.glob("*.safetensors"):
+        table = load_file(file)
+        if name in table:
+            table[name].view(-1)[3] = float("nan")
+            save_file(table, file, {"format": "pt"})
+    flags = usual(place, "quantised")
+    flags[0] = student
+    line = refused(percard, tmp_path, ["distill", *flags, "--qad", "w4a16-g64", "--out", tmp_path / "out"])
+    assert name.rpartition(".")[0] in line and "holds NaN or Inf" in line
 
 
 def test_a_loss_that_is_no_number_exits_1_and_leaves_nothing(place: Path, tmp_path: Path, percard: Run) -> None:
