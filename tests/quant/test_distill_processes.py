@@ -25,7 +25,7 @@ from percard.quant.distill_plan import Wish
 from .test_distill import curve, models, wish
 
 Tiny = Callable[..., Path]
-LIMIT = 120.0  # seconds in which a pair must have ended, whatever happened: it takes about three
+LIMIT = 600.0  # seconds in which a pair must have ended, whatever happened: it takes about two
 KILLED = -signal.SIGKILL
 
 
