@@ -334,6 +334,7 @@ class _Parser:
             )
         wish: dict[str, Any] = {n: number(tree[n], f"{where}.{n}", k, 1, None) for n, k in BENCH.items() if n in tree}
         wish["head"] = fields.choice(tree.get("head", "int8-row"), f"{where}.head", ("int8-row", "16bit"))
+        wish["gate"] = dict(self.check.gate)
         wish["of"] = fields.choice(tree.get("of", "all"), f"{where}.of", ("all", "last"))
         if not any(stage.kind in MAKES_CHILD for stage in self.stages):
             raise RecipeError(f"{where}: there is no child to time yet; put it behind the stage that makes one")

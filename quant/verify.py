@@ -247,11 +247,11 @@ def _config(pair: Pair) -> Iterator[str]:
 
 
 def _side_files(source: Checkpoint, made: Checkpoint) -> Iterator[str]:
-    """Side files must be equal; our own report takes the place of an older one."""
+    """Side files must be equal; our own report and card take the place of older ones, which a pruned or distilled source has."""
     for path in source.side_files:
         name = path.relative_to(source.path)
         copy = made.path / name
-        if str(name) == report.REPORT_NAME:
+        if str(name) in (report.REPORT_NAME, report.SECOND_CARD_NAME):
             continue
         if not copy.is_file():
             yield f"{copy}: is missing; the source has it"

@@ -317,7 +317,7 @@ def time_children(work: Work, step: Step, path: Path) -> None:
     from .bench import model, quality
 
     wish = dict(step.stage.wish)
-    of, head = wish.pop("of"), wish.pop("head")
+    of, head, _ = (wish.pop(name) for name in ("of", "head", "gate"))
     judge = Judge(work)
     for name in _children(work, step, of):
         folder = work.folder(name)
