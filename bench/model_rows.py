@@ -163,7 +163,7 @@ def row(setting: Setting, machine: Machine, found: Measured, probe_words: str) -
         model=about["model"] | {"layers_run": model.config.layers, "layers": load_config(model.source).layers},
         shape=about["shape"] | ({"bound": plan.bound.section()} if plan.bound else {}),
         scheme={
-            "spec": str(spec) if spec else FLOATS[model.dtype],
+            "spec": side.wanted.label if spec or side.wanted.child else FLOATS[model.dtype],
             "kv_spec": model.kv.name if quantised else FLOATS[model.dtype],
             "kv_bits": model.kv.bits if quantised else model.dtype.itemsize * 8,
             "weight_bits": spec.weight_bits if spec else model.dtype.itemsize * 8,

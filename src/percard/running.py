@@ -198,8 +198,10 @@ class Work:
         stage, folder = step.stage, self.folder(step.stage.name)
         mark = self._mark(step)
         state = journal.of(stage.name)
-        there = any((folder / name).is_file() for name in ("config.json", "capture.json", VERIFIED, RECORDS))
-        if there and not state.again:
+        there = _identity(folder)
+        # A stage that has to be made again is there when what lies there is not what lay there as it was begun.
+        again = state.again and (not state.begun or there == state.old)
+        if there is not None and not again:
             if state.mark is None:
                 raise FileExistsError(
                     f"{folder}: is there and was not made by this recipe; name another output.dir, or replace all with --fresh"
@@ -209,17 +211,20 @@ class Work:
                     f"{folder}: was made from something else ({', '.join(parts)} changed); --from {stage.name} makes it and "
                     "all behind it again, another output.dir keeps both"
                 )
-            if not state.done:
-                journal.add(stage.name, "done")  # killed between its last rename and this line
-            self.say(f"stage {place} {stage.name}: finished, {folder}")
-            return self._red(stage, folder)
+            if (
+                state.done or stage.kind != "bench"
+            ):  # whose file grows while it measures; others are complete or not there
+                if not state.done:
+                    journal.add(stage.name, "done")  # killed between its last rename and this line
+                self.say(f"stage {place} {stage.name}: finished, {folder}")
+                return self._red(stage, folder)
         fresh = stage.name in self.again  # asked for in this call; a call after a kill goes on
         goes = "goes on" if state.mark == mark and not state.done and not fresh else "begins"
-        journal.add(stage.name, "begin", mark=mark)
+        journal.add(stage.name, "begin", mark=mark, old=there)
         self.say(f"stage {place} {stage.name}: {goes}: {step.words}")
         clock = time.monotonic()
         with self._showing(place, stage) as progress:
-            getattr(self, f"_{stage.kind}")(step, folder, state.again, fresh, progress)
+            getattr(self, f"_{stage.kind}")(step, folder, again, fresh, progress)
         journal.add(stage.name, "done", seconds=round(time.monotonic() - clock, 1))
         return self._red(stage, folder)
 
@@ -354,16 +359,28 @@ def _texts(stage: Stage, recipe: Stages) -> dict[str, Any]:
     return found
 
 
+def _identity(folder: Path) -> list[int] | None:
+    """Tells one result of a stage from the next; None where there is none."""
+    for name in ("config.json", "capture.json", VERIFIED, RECORDS):
+        if (folder / name).is_file():
+            stat = (folder / name).stat()
+            return [stat.st_ino, stat.st_mtime_ns]
+    return None
+
+
 # Journal ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _State:
-    """What the journal says about a stage: what it was begun from, whether it ended, whether it has to be made again."""
+    """What the journal says about a stage: what it was begun from, what lay in its folder then, whether it ended, whether it
+    has to be made again, and whether that was begun."""
 
     mark: dict[str, Any] | None = None
+    old: list[int] | None = None
     done: bool = False
     again: bool = False
+    begun: bool = False
 
 
 class _Journal:
@@ -379,12 +396,11 @@ class _Journal:
         state = _State()
         for line in (line for line in self.lines if line.get("stage") == name):
             if line["event"] == "begin":
-                # What was asked to be made again stays so until it is done: its old folder may still be there.
-                state = _State(line.get("mark"), False, state.again)
+                state = _State(line.get("mark"), line.get("old"), again=state.again, begun=True)
             elif line["event"] == "done":
                 state = dataclasses.replace(state, done=True, again=False)
             else:
-                state = dataclasses.replace(state, again=True)
+                state = dataclasses.replace(state, again=True, begun=False)
         return state
 
     @property

@@ -163,6 +163,36 @@ def test_a_quantised_checkpoint_is_timed_against_its_source(texts, tmp_path):
     assert [row.spec for row in rows][1:] == ["w4a16-g64"] and rows[1].kernel.startswith("matmul_w4a16.cpu")
 
 
+def test_a_pruned_child_is_timed_against_the_whole_original(texts, tmp_path):
+    """Fewer blocks and a narrower ffn: the baseline keeps all of its own, and the child's gate is against it."""
+    from safetensors.torch import load_file, save_file
+
+    folder, text = texts
+    tensors = load_file(folder / "model.safetensors")
+    kept = {}
+    for name, tensor in tensors.items():
+        if ".layers.1." in name:
+            continue
+        narrow = tensor[:128] if "gate_proj" in name or "up_proj" in name else tensor
+        kept[name] = (tensor[:, :128] if "down_proj" in name else narrow).contiguous()
+    child = tmp_path / "pruned"
+    child.mkdir()
+    save_file(kept, str(child / "model.safetensors"), metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    changed = {"num_hidden_layers": 1, "intermediate_size": 128}
+    changed |= {"layer_types": raw["layer_types"][:1]} if raw.get("layer_types") else {}
+    (child / "config.json").write_text(json.dumps(raw | changed))
+    with pytest.raises(FormatError, match="--specs has no meaning"):
+        run(child, ["w8a8"], plan=PLAN, against=folder, text=text, device=CPU)
+    records = [r for r in run(child, plan=PLAN, against=folder, text=text, device=CPU) if ".tg" in r.case]
+    base, other = records
+    assert (base.model["layers_run"], other.model["layers_run"], other.model["layers"]) == (2, 1, 1)
+    assert other.scheme["spec"] == "child" and other.quality["kl"] > 0 and other.quality["gate"] == "none"
+    assert base.memory["kv_bytes_per_token"] == 2 * other.memory["kv_bytes_per_token"]
+    assert base.memory["weights"] > other.memory["weights"] and base.roofline["bytes"] > other.roofline["bytes"]
+    assert [row.spec for row in report.rows(records)][1] == "child"
+
+
 def test_what_is_refused(shape, texts, monkeypatch):
     with pytest.raises(FormatError, match="--text"):
         run(texts[0], ["w8a8"], plan=PLAN, device=CPU)
