@@ -178,8 +178,9 @@ def absent(p: Problem, where: torch.device, name: str) -> str | None:
     """None, or why a rival has no figure here."""
     if name == "torch composition":
         needed, free = _TENSORS * p.logits + 2 * p.returned, card.free_bytes(where)
-        room = 0.8 * free
-        return None if needed <= room else f"its logits take about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        if needed <= free / 2:
+            return None
+        return f"its logits take about {needed / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB that are free"
     if where.type != "cuda":
         return "serves a CUDA card"
     if p.kind == "topk":
