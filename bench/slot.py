@@ -34,9 +34,8 @@ CONFORMANCE, INSPECT = "conformance.jsonl", "inspect.jsonl"
 MODELS = ("qwen3-8b", "qwen3-32b")
 SPECS = ("w4a16-g128", "w8a8", "w4a8-g128", "w4a8")
 MODEL_SPECS = (None, "w4a16-g128", "w8a8", "w4a8-g128")
-BATCHES, DEPTH = (1, 16, 64), 1024
+BATCHES, DEPTH, TUNED, TUNING = (1, 16, 64), 1024, "tuned", "tuning.jsonl"
 CACHES, CACHES_SPEC, CACHES_DEPTH = ("int8", "k8v4", "int4"), "w4a16-g128", 8192
-TUNED, TUNING = "tuned", "tuning.jsonl"
 TUNED_OPS, TUNED_MODEL = ("matmul_w4a16", "matmul_w8a8", "matmul_w4a8"), "qwen3-8b"
 _PACKAGE = __package__
 _START_WORKER = functools.partial(Worker, first=f"{_PACKAGE}.slot_tasks:load")
@@ -179,8 +178,8 @@ def _op_cells(run: Run) -> list[Cell]:
 
 def time_experts(run: Run) -> None:
     """A layer of experts (Qwen3-30B-A3B) by worth, quantised against torch's grouped bf16 product in the same rounds."""
-    moe = importlib.import_module(f"{_PACKAGE}.moe")
-    run.cells(moe.slot_cells(run.device, _seed(), measured_roof(run.folder)))
+    cells = importlib.import_module(f"{_PACKAGE}.moe").slot_cells
+    run.cells(cells(run.device, _seed(), measured_roof(run.folder)))
 
 
 def time_attention(run: Run) -> None:
@@ -280,22 +279,28 @@ def time_serve(run: Run) -> None:
 
 def time_losses(run: Run) -> None:
     """A head, each divergence and their gradients, against torch's composition and Liger-Kernel."""
-    distill = importlib.import_module(f"{_PACKAGE}.distill")
-    run.cells(distill.slot_cells(run.device, _seed(), measured_roof(run.folder)))
+    cells = importlib.import_module(f"{_PACKAGE}.distill").slot_cells
+    run.cells(cells(run.device, _seed(), measured_roof(run.folder)))
+
+
+def train_qad(run: Run) -> None:
+    """Steps of `percard distill` over random weights at true shapes, in 16 bits and quantisation-aware: qad.jsonl."""
+    run.cells(importlib.import_module(f"{_PACKAGE}.slot_qad").slot_cells(run.device, _seed()), into=slot_report.QAD)
 
 
 STAGES = (  # seconds of a ten-minute slot; they sum to 570, 30 s are the reserve
     Stage("fingerprint", 25, fingerprint, essential=True, patient=True),
-    Stage("compile", 60, compile_kernels),
-    Stage("correctness", 95, correctness, essential=True),
-    Stage("ops", 105, time_ops, essential=True),
+    Stage("compile", 55, compile_kernels),
+    Stage("correctness", 90, correctness, essential=True),
+    Stage("ops", 100, time_ops, essential=True),
     Stage("attention", 55, time_attention),
     Stage("experts", 30, time_experts),
-    Stage("model", 75, time_model),
+    Stage("model", 70, time_model),
     Stage("serve", 25, time_serve),
-    Stage("tune", 50, tune_configs),
+    Stage("tune", 45, tune_configs),
     Stage("tuned", 30, time_tuned),
-    Stage("losses", 20, time_losses),
+    Stage("losses", 15, time_losses),
+    Stage("qad", 30, train_qad),
 )
 
 

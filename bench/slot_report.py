@@ -19,6 +19,7 @@ from .record import Record
 
 _OWN = ("report.md", "table.csv", "records.jsonl")  # what a slot's folder has in a form of its own
 _LINEARS = ("qkv", "o", "gate_up", "down")
+QAD = "qad.jsonl"
 _COLUMNS = (
     "level", "case", "spec", "head", "impl", "M", "N", "K", "batch", "status", "gate", "median_us", "lo_us", "hi_us",
     "eager_us", "tok_s", "ratio", "ratio_lo", "ratio_hi", "baseline_us", "pct_of_roof", "mode", "l2", "card", "why",
@@ -54,6 +55,7 @@ def markdown(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         _experts([row for row in rows if row["level"] == "layer"]),
     ]
     parts += [_models([row for row in rows if row["level"] == "model"]), _tuning(_side_rows(folder, "tuning.jsonl"))]
+    parts.append(_trained(_side_rows(folder, QAD)))
     parts.append(_left_out(rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -310,6 +312,20 @@ def _tuning(rows: Sequence[Mapping[str, Any]]) -> str:
         body.append([row["op"], row["case"], row["outcome"], *figures, config])
     head = ["op", "case", "came to", "us", "heuristic us", "bf16 us", "Config"]
     return "## Tuning: proposals in tuned/\n\n" + _table(head, body) if body else ""
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Runs of `percard distill` over random weights: how fast they train."""
+    body = []
+    for row in rows:
+        if row["status"] == "ok":
+            step = row["seconds"] / row["steps"]
+            size = f"{row['batch']} x {row['seq_len']}"
+            body.append([row["case"], row["run"], size, _number(step, 2), _number(row["tokens_per_s"], 0)])
+        else:
+            body.append([row["case"], row["status"], "", "", _why(row)])
+    head = ["model", "trained", "tokens of a step", "s a step", "tokens/s"]
+    return "## Distilling, random weights: speed only\n\n" + _table(head, body) if body else ""
 
 
 def _models(rows: Sequence[Mapping[str, Any]]) -> str:
