@@ -180,7 +180,8 @@ class Planner:
             made = preflight.check(self.places[self.child], plan.qad.recipe)
             size = self._ghost(stage.name, made.config, made.tensors, plan.student)
         else:
-            self.places[stage.name] = self.places[self.child]
+            tensors = {name: (info.dtype, info.shape) for name, info in plan.student.tensors.items()}
+            self._ghost(stage.name, plan.student.config, tensors, plan.student)
         told = plan.warnings
         states = 2 * 12 * plan.parameters[0]  # parameter and two moments in fp32; one state while the next is written
         return self._step(
@@ -242,9 +243,9 @@ class Planner:
         (folder / "config.json").write_text(json.dumps(config))
         for file, text in (extra or {}).items():
             (folder / file).write_text(text)
-        file = folder / "model.safetensors"
-        _sparse(file, tensors)
-        _write_shapes(file, source)
+        weights = folder / "model.safetensors"
+        _sparse(weights, tensors)
+        _write_shapes(weights, source)
         return sum(nbytes_of(dtype, shape) for dtype, shape in tensors.values())
 
     def _ghost_capture(
@@ -265,9 +266,9 @@ class Planner:
             "k": k,
             "vocab": teacher.vocab,
             "teacher": {"name": teacher.source.path.name, "sha256": str(teacher.source.path)},
-            "tokenizer": {"sha256": teacher.words.sha256},
+            "tokenizer": {"sha256": teacher.words.sha256, "tokens": len(teacher.words)},
             "packing": {"window": one, "windows": windows},
-            "shards": [{"rows": rows}],
+            "shards": [{"file": shard_name(0), "rows": rows, "bytes": rows * capture.row_bytes(k), "sha256": ""}],
             "files": [],
         }
         (folder / FACTS).write_text(json.dumps(facts))
@@ -282,12 +283,15 @@ def _sparse(path: Path, tensors: Tensors) -> None:
 
 
 def _write_shapes(path: Path, source: Checkpoint) -> None:
-    """Of packed weights the shape stands in a tensor of its own, which a ghost has to have. source: before packing."""
+    """Of packed weights the shape stands in a tensor of its own, which a ghost has to have. source: before or after packing."""
     with path.open("r+b") as file:
         for name, info in read_header(path).items():
-            if name.endswith(SHAPE) and (weight := name.removesuffix("_shape")) in source.tensors:
-                file.seek(info.begin)
-                file.write(torch.tensor(source.info(weight).shape, dtype=info.dtype).numpy().tobytes())
+            if not name.endswith(SHAPE):
+                continue
+            weight = name.removesuffix("_shape")
+            held = source.read(name) if name in source.tensors else torch.tensor(source.info(weight).shape)
+            file.seek(info.begin)
+            file.write(held.to(info.dtype).numpy().tobytes())
 
 
 def needs(steps: list[Step]) -> int:

@@ -198,8 +198,11 @@ def test_the_dry_run_names_stage_and_reason(tmp_path: Path, stages: list[str], w
 def test_training_what_is_quantised(tmp_path: Path) -> None:
     """Scales of a quantised child, or a 16-bit one that becomes INT4 while it trains; both are quantised from then on."""
     scales = f"distill: {{teacher: [prune], train: scales, data: {TEXT}, steps: 2, batch: 2, seq_len: 64}}"
+    again = scales.replace("[prune]", "distill")  # an earlier stage with the same shapes is not the student itself
     steps = planned(tmp_path, PRUNE, "quantize: {spec: w4a16-g64}", scales, "verify")
     assert "scales of w4a16-g64" in steps[2].words and steps[3].student == "distill" and steps[3].origin == "prune"
+    steps = planned(tmp_path, PRUNE, DISTILL, "quantize: {spec: w4a16-g64}", again, scales)
+    assert "from the codes of distill-2" in steps[4].words and steps[4].origin == "distill"
     steps = planned(tmp_path, PRUNE, DISTILL.replace("steps: 2", "steps: 2, qad: w4a16-g64"), "verify")
     assert "weights of w4a16-g64, from GPTQ over calibration.txt" in steps[1].words and steps[2].origin == "prune"
     assert steps[1].bytes < steps[0].bytes / 2
