@@ -97,9 +97,9 @@ class Sides:
 
     def few(self, tokens: int) -> Sides:
         """The first tokens, in fp32."""
-        topk = None if self.topk is None else tuple(t[:tokens] for t in self.topk)
-        states = (t.float() for t in (self.x[:tokens], self.w, self.y[:tokens], self.u))
-        return Sides(replace(self.p, tokens=tokens, dtype="fp32"), *states, topk)  # type: ignore[arg-type]
+        topk = None if self.topk is None else (self.topk[0][:tokens], self.topk[1][:tokens], self.topk[2][:tokens])
+        x, w, y, u = (t.float() for t in (self.x[:tokens], self.w, self.y[:tokens], self.u))
+        return Sides(replace(self.p, tokens=tokens, dtype="fp32"), x, w, y, u, topk)
 
     def ours(self, impl: str | None = None) -> Answer:
         """The fused way."""
@@ -114,7 +114,8 @@ class Sides:
         with torch.enable_grad():
             log_q = torch.log_softmax((x @ w.T).float(), 1)
             loss = _divergence(self.p.kind, log_q, self.topk or torch.log_softmax((self.y @ self.u.T).float(), 1))
-            return loss.detach(), *torch.autograd.grad(loss, (x, w))
+            dx, dw = torch.autograd.grad(loss, (x, w))
+        return loss.detach(), dx, dw
 
     def ligers(self) -> Answer:
         """Liger-Kernel's Triton kernel; its beta 0 is forward KL, 1 reverse KL."""
@@ -209,8 +210,8 @@ def cell(
         return
     sides = Sides.drawn(p, where, seed)
     if faults := gate(sides, body, seed):
-        error = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
-        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": error}
+        told = {"type": "Conformance", "message": "; ".join(faults), "stage": "gate"}
+        yield {"status": "failed", "quality": {"gate": "red", "reasons": faults}, "error": told}
         return
     yield _time(sides, body, rounds, roof or {})
 
