@@ -181,7 +181,7 @@ def words(done: Mapping[str, Any], out: Path | None) -> list[Any]:
     ]
     if (qad := done["qad"]) is not None:
         parts.append(
-            f"{qad['spec']}: {' and '.join(qad['train'])} of {qad['modules']} linears ({qad['weights']:,} weights, "
+            f"{qad['spec']}: trained are {', '.join(qad['train'])}; {qad['modules']} linears ({qad['weights']:,} weights, "
             f"{qad['scales']:,} scales), from {qad['start']}"
         )
     if "curve" not in done:
@@ -201,7 +201,9 @@ def words(done: Mapping[str, Any], out: Path | None) -> list[Any]:
             f"against the teacher: KL {before['kl']:.4f} to {after['kl']:.4f}, top-1 {before['top1']:.1%} to {after['top1']:.1%}, "
             f"perplexity {before['perplexity']:.2f} to {after['perplexity']:.2f} ({after['perplexity_source']:.2f})"
         )
-        if (share := recovered(quality)) is not None:
+        if (
+            share := recovered(quality)
+        ) is not None and qad is None:  # rounding loses too little cross-entropy to share
             parts.append(f"of what was lost came back: KL {share['kl']:.0%}, cross-entropy {share['ce']:.0%}")
     if done["question"]:
         parts.append(f"question: {done['question']}")

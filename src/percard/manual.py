@@ -106,6 +106,8 @@ DISTILL = """Train the checkpoint STUDENT to say what a teacher says; OUT is an 
   percard distill out/child --teacher T --data F --hidden cosine --hidden-blocks 7,15 --out out/student
   percard distill out/child --teacher out/capture --out out/student               from what percard capture wrote down
   percard distill out/child --teacher out/capture --teacher out/written --out out/student    from several captures together
+  percard distill out/w4 --teacher ./Qwen3-8B --data F --scales-only --out out/w4-scales    scales of a quantised student; codes stay
+  percard distill ./Qwen3-8B --teacher ./Qwen3-8B --data F --qad w4a16-g64 --out out/w4      GPTQ first, then codes are trained
   torchrun --nproc-per-node 8 -m percard distill out/child --teacher T --data F --out out/student      split by FSDP2
 
 Losses: fkl (forward KL, the default), rkl, jsd with --beta, --hard W times cross-entropy beside it, hidden states. Both models
