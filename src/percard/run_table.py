@@ -87,7 +87,10 @@ class Table:
         lines = []
         for row in self.rows:
             speed = (
-                "" if row.tok_s is None else f"{row.tok_s:.3g}" + ("" if row.ratio is None else f" ({row.ratio:.2f}x)")
+                ""
+                if row.tok_s is None
+                else (f"{row.tok_s:,.0f}" if row.tok_s >= 10 else f"{row.tok_s:.2g}")
+                + ("" if row.ratio is None else f" ({row.ratio:.2f}x)")
             )
             lines.append(
                 [
