@@ -13,28 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from percard.bench import engine, quality
+from percard.bench import engine, quality, recovery
 from percard.quant import distill, quantize
 from percard.quant.distill_plan import Wish
 from percard.quant.recipe import Recipe
 
-from .test_distill_recovery import EXAMPLE, corpus
-
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 STEPS, BATCH, WINDOW, HELD_OUT = 100, 16, 256, 16_384
 FALLS, OF_RTN = 0.15, 0.5  # of GPTQ's KL; share of RTN's that may be left
 RATES = {"w4a16-g64": 1e-3, "w3a16-g64": 2e-3}
-
-
-@torch.no_grad()
-def said(folder: Path, reference: engine.Model) -> tuple[float, float]:
-    """(KL to the reference, top-1) over the held-out text."""
-    ids = quality.read_ids(EXAMPLE / "heldout.txt", EXAMPLE, HELD_OUT)
-    model, kl, same = engine.load(folder, dtype=torch.float32), [], []
-    for part in ids.view(-1, 8, WINDOW):
-        log_p, log_q = (torch.log_softmax(m.logits(part)[:, :-1].float(), -1) for m in (reference, model))
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
-        same.append((log_p.argmax(-1) == log_q.argmax(-1)).float().flatten())
-    return float(torch.cat(kl).mean()), float(torch.cat(same).mean())
 
 
 @pytest.mark.full
@@ -44,14 +31,17 @@ def test_scales_bring_back_a_part_of_what_rounding_lost(tmp_path: Path, spec: st
     gptq = Recipe.from_flags(spec=spec, method="gptq", calibration=text, samples=64, seq_len=seq_len)
     quantize.run(EXAMPLE, tmp_path / "gptq", gptq)
     quantize.run(EXAMPLE, tmp_path / "rtn", Recipe.from_flags(spec=spec, method="rtn"))
+    recovery.write_texts(EXAMPLE, tmp_path)
     wish = Wish(
-        str(corpus(tmp_path / "train.jsonl")), steps=STEPS, batch=BATCH, seq_len=seq_len, lr=RATES[spec], every=1000,
+        str(tmp_path / "train.jsonl"), steps=STEPS, batch=BATCH, seq_len=seq_len, lr=RATES[spec], every=1000,
         checkpointing=False, device="cpu", scales_only=True, train_rest=True,
     )  # fmt: skip
     distill.run(tmp_path / "gptq", EXAMPLE, tmp_path / "trained", wish)
     reference = engine.load(EXAMPLE, dtype=torch.float32)
-    found = {name: said(tmp_path / name, reference) for name in ("rtn", "gptq", "trained")}
-    print(spec, {name: f"KL {kl:.5f}, top-1 {top1:.2%}" for name, (kl, top1) in found.items()}, flush=True)
-    assert found["trained"][0] <= (1 - FALLS) * found["gptq"][0]
-    assert found["trained"][0] <= OF_RTN * found["rtn"][0]
-    assert found["trained"][1] >= found["gptq"][1]
+    ids = quality.read_ids(EXAMPLE / "heldout.txt", EXAMPLE, HELD_OUT)
+    rtn, start, trained = (recovery.score(tmp_path / name, reference, ids) for name in ("rtn", "gptq", "trained"))
+    for name, found in (("rtn", rtn), ("gptq", start), ("trained", trained)):
+        print(f"{spec} {name}: KL {found['kl']:.5f}, top-1 {found['top1']:.2%}", flush=True)
+    assert trained["kl"] <= (1 - FALLS) * start["kl"]
+    assert trained["kl"] <= OF_RTN * rtn["kl"]
+    assert trained["top1"] >= start["top1"]
