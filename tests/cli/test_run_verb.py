@@ -93,10 +93,7 @@ def test_stages_tables_and_what_runs_again(percard: Run, checkpoint: Path, tmp_p
     ran = percard("run", recipe, "--from", "distill")
     assert ran.code == 0 and begun(ran) == ["distill", "quantize", "verify", "bench"], ran.err
     after = marks(out)
-    assert {name for name in after if after[name] != before[name]} == {
-        "distill/model.safetensors",
-        "quantize/model.safetensors",
-    } or len({name.split("/")[0] for name in after if after[name] != before[name]}) == 2
+    assert {name.split("/")[0] for name in after if after[name] != before[name]} == {"distill", "quantize"}
     # Another gate: the figures stand, the verdict and with it the speed do not.
     write(recipe, checkpoint, steps=4, bench=True, gate="{kl: 0.000001}")
     ran = percard("run", recipe, "--only", "bench")
