@@ -26,6 +26,7 @@ from ..formats.writer import Writer
 from . import distill_data, distill_models, distill_report, distill_state, output, qad_child, qad_report, report
 from .blocks import disk_names
 from .capture_cache import Capture
+from .distill_losses import must_serve
 from .distill_models import Student, Teacher
 from .distill_plan import Plan, Refused, Wish, plan
 from .distill_processes import Processes, processes
@@ -63,6 +64,7 @@ def run(
         stack.enter_context(torch.inference_mode(False))  # whatever the caller is in: this trains
         stack.enter_context(torch.enable_grad())
         group = stack.enter_context(processes(wish.device))
+        must_serve(group.device)
         planned = plan(student, teacher, wish)
         if planned.question and not yes:
             raise Refused(planned.question)

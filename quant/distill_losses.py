@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.distill import CHUNK_BYTES, distill_loss
+from ..kernels.distill_loss import distill_loss as row_loss
 
 LOSSES = ("fkl", "rkl", "jsd", "topk", "none")
 
@@ -58,6 +59,11 @@ class TopK:
 
 
 Target = Dense | TopK | None
+
+
+def must_serve(device: torch.device) -> None:
+    """Unsupported, with every reason, where no body of distill_loss runs on the device."""
+    row_loss.body_on(device.type)
 
 
 def distill_objective(

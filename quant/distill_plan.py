@@ -67,7 +67,7 @@ class Wish:
     learn_scales: bool = False
     train_rest: bool = False
     calibration: str | None = None
-    samples: int = 256
+    samples: int | None = None  # 256
 
     @property
     def quantised(self) -> bool:
@@ -116,7 +116,7 @@ class Wish:
                 raise FormatError(f"--{name} {getattr(self, name):g}: expected 0 or more")
         if self.scales_only and self.learn_scales:
             raise FormatError("--scales-only keeps the codes, --learn-scales trains them as well; say one of them")
-        for name in ("learn_scales", "train_rest", "calibration"):
+        for name in ("learn_scales", "train_rest", "calibration", "samples"):
             if getattr(self, name) and not self.quantised:
                 raise FormatError(f"--{name.replace('_', '-')} belongs to a quantised student; add --qad SPEC")
 

@@ -105,7 +105,12 @@ def opened(folder: Path, wish: Wish) -> Qad:
             )
         spec, text = wanted, wish.calibration or wish.data
         recipe = Recipe.from_flags(
-            spec=str(spec), method="gptq", calibration=text, samples=wish.samples, seq_len=wish.seq_len, verify="none"
+            spec=str(spec),
+            method="gptq",
+            calibration=text,
+            samples=wish.samples or 256,
+            seq_len=wish.seq_len,
+            verify="none",
         )
         plan = preflight.check(folder, recipe)
         if plan.refusals:

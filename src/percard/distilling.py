@@ -71,7 +71,7 @@ def distill(
     calibration: Annotated[
         str | None, typer.Option(help="What GPTQ reads first when STUDENT is 16-bit; default: --data.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of it.")] = 256,
+    samples: Annotated[int | None, typer.Option(help="Windows of it; default: 256.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Held-out text: KL, top-1 and perplexity against the teacher, before and after.")
     ] = None,
@@ -94,9 +94,12 @@ def distill(
 
         ours, theirs = source(student), [source(folder) for folder in teacher]
         wish = Wish(
-            data, loss, beta, temperature, hard, hidden, hidden_blocks, hidden_weight, steps,
-            None if tokens is None else _whole(tokens), seq_len, batch, micro, lr, decay, every, seed, checkpointing,
-            dtype, device, qad, scales_only, learn_scales, train_rest, calibration, samples,
+            data=data, loss=loss, beta=beta, temperature=temperature, hard=hard, hidden=hidden,
+            hidden_blocks=hidden_blocks, hidden_weight=hidden_weight, steps=steps,
+            tokens=None if tokens is None else _whole(tokens), seq_len=seq_len, batch=batch, micro=micro, lr=lr,
+            decay=decay, every=every, seed=seed, checkpointing=checkpointing, dtype=dtype, device=device, qad=qad,
+            scales_only=scales_only, learn_scales=learn_scales, train_rest=train_rest, calibration=calibration,
+            samples=samples,
         )  # fmt: skip
         if dry_run:
             done = _planned(ours, theirs, wish)
