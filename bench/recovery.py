@@ -60,8 +60,8 @@ class Failed(RuntimeError):
     """A command of an arm ended with an error; the text is its last words."""
 
 
-def write_texts(model: Path, folder: Path) -> dict[str, Any]:
-    """train.jsonl and prompts.jsonl in `folder`, from what the model was trained on; sizes and sha256 of both.
+def write_texts(model: Path, folder: Path, characters: int = CHARACTERS) -> dict[str, Any]:
+    """train.jsonl, of so many characters, and prompts.jsonl in `folder`, from what the model was trained on; sizes and sha256 of both.
 
     FormatError when the model's folder has no train.py that says what that was.
     """
@@ -76,7 +76,7 @@ def write_texts(model: Path, folder: Path) -> dict[str, Any]:
     random.Random(0).shuffle(texts)
     train: list[str] = []
     size = 0
-    while size <= CHARACTERS:
+    while size <= characters:
         train.append(texts[len(train)])
         size += len(train[-1])
     known = set(train)
