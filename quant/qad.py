@@ -29,10 +29,8 @@ STEPS = "steps"  # and that of the weights
 # and of 16-bit parameters beside scales alone.
 SCALES_TIMES, REST_TIMES, REST_BESIDE_SCALES = 0.1, 0.01, 0.1
 _LEAST, _MOST = 0.125, 8.0  # of what a scale was at the start: it stays positive, and no group gets lost
-_INSIDE, _NEARER = (
-    0.49,
-    0.8,
-)  # a weight starts at most so many steps from its code, and then so much nearer to it: not at its border
+# A weight starts at most so many steps from its code, and then so much nearer to it: not at its border.
+_INSIDE, _NEARER = 0.49, 0.8
 
 
 class FakeLinear(nn.Module):

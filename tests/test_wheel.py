@@ -5,6 +5,7 @@ Built from the files that git tracks, copied elsewhere, so that nothing left lyi
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("wheel")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -48,14 +48,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
+    """Built by the test process that comes first; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return next((shared / "dist").glob("*.whl"), None) or built(clone, shared / "dist")
+
+
+def built(clone: Path, out: Path) -> Path:
+    """A wheel of the clone, in `out`."""
     # cmake and ninja of this environment, before those of the system.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", out, clone]
     done = run(pip, clone, PATH=path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (built,) = out.glob("*.whl")
-    return built
+    (found,) = out.glob("*.whl")
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_without_a_card_it_says_so_in_one_line(percard: Callable[..., Any], tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nope"], "no op 'nope' that can be tuned; known: matmul_w4a16"),
+        (["nope"], "no op 'nope' that can be tuned; known: distill_loss, matmul_w4a16"),
         (["--model", "gpt-5"], "no cases for model 'gpt-5'; known: "),
         (["--minutes", "0"], "--minutes 0 is outside"),
     ],

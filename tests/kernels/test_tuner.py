@@ -233,19 +233,22 @@ def test_an_entry_with_fields_that_are_gone_counts_as_none() -> None:
 def test_candidates_are_pure_bounded_and_runnable(name: str, arch: str) -> None:
     """Of every op: at most 24, distinct, without the heuristic's own, and each one that plan takes."""
     subject, card = tuner.subject(name), ARCHS[arch]
-    problems = [p for p in tuner.problems([subject]) if p.case.name.startswith(("qwen3-8b.", "qwen3-30b"))]
+    problems = [
+        p for p in tuner.problems([subject]) if p.case.name.startswith(("qwen3-8b.", "qwen3-30b", "qwen3-0.6b.head"))
+    ]
     assert problems
+    planned = {1, 64, 4096, max(p.shape.m for p in problems)}
     for problem in problems:
         found = subject.gpu.candidates(problem.shape, card)
         assert found == subject.gpu.candidates(problem.shape, card)
         assert 1 <= len(found) <= tuning.MOST_CANDIDATES and len(set(found)) == len(found)
         assert subject.gpu.heuristic(problem.shape, card) not in found
-        for config in found if problem.shape.m in (1, 64, 4096) else ():
+        for config in found if problem.shape.m in planned else ():
             subject.gpu.plan(card, *subject.cases.blank(problem.case), config=config)
 
 
 def test_an_unknown_op_and_a_machine_without_a_card() -> None:
-    with pytest.raises(ValueError, match="no op 'nope' that can be tuned; known: matmul_w4a16"):
+    with pytest.raises(ValueError, match="no op 'nope' that can be tuned; known: distill_loss, matmul_w4a16"):
         tuner.subject("nope")
     if not device.has_card():
         with pytest.raises(Unsupported, match=r"needs a CUDA card; .*--dry-run"):

@@ -24,7 +24,8 @@ from percard.quant.distill_plan import Wish
 from percard.quant.pair import Pair
 from percard.quant.recipe import Recipe
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
+ROOT = Path(__file__).parents[2]
+EXAMPLE, RECORD = ROOT / "examples" / "tiny-qwen3", ROOT / "bench" / "results" / "qad-tiny-qwen3.json"
 BATCH, WINDOW, HELD_OUT, CHARACTERS = 16, 256, 16_384, 6_500_000
 OF_RTN = 0.5  # share of RTN's KL that may be left
 # spec -> steps, rate of the scales, share of GPTQ's KL that has to go, rate of the control
@@ -72,3 +73,22 @@ def test_training_brings_back_a_part_of_what_rounding_lost(tmp_path: Path, spec:
     assert found["trained"]["kl"] <= (1 - falls) * found["gptq"]["kl"]
     assert found["trained"]["kl"] <= OF_RTN * found["rtn"]["kl"]
     assert found["trained"]["top1"] >= found["gptq"]["top1"]
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_the_record_holds_what_is_asked_and_docs_say_the_same(spec: str) -> None:
+    steps, rate, falls, plain_rate = CASES[spec]
+    found = json.loads(RECORD.read_text())
+    arms = {arm["arm"]: arm for arm in found["arms"] if arm["spec"] == spec}
+    rtn, gptq, trained = (arms[name] for name in ("rtn", "gptq", "trained"))
+    assert found["data"]["characters"] == CHARACTERS and all(arm["tokens"] == 16_320 for arm in arms.values())
+    assert (trained["steps"], trained["lr"], trained["batch"], trained["window"]) == (steps, rate, BATCH, WINDOW)
+    fall = 1 - trained["kl"] / gptq["kl"]
+    assert fall >= falls and trained["kl"] <= OF_RTN * rtn["kl"] and trained["top1"] >= gptq["top1"]
+    bound = "not measured"
+    if (control := arms.get("control")) is not None:
+        assert (control["steps"], control["lr"]) == (steps, plain_rate)
+        bound = f"{1 - control['kl'] / gptq['kl']:.0%}"
+    kl = " | ".join(f"{arm['kl']:.5f}" for arm in (rtn, gptq, trained))
+    row = f"| {spec} | {steps} | {rate:g} | {kl} | {fall:.0%} | {bound} | {gptq['top1']:.1%} -> {trained['top1']:.1%} |"
+    assert row in (ROOT / "docs" / "distill.md").read_text(), row
