@@ -85,10 +85,9 @@ def test_the_record_holds_what_is_asked_and_docs_say_the_same(spec: str) -> None
     assert (trained["steps"], trained["lr"], trained["batch"], trained["window"]) == (steps, rate, BATCH, WINDOW)
     fall = 1 - trained["kl"] / gptq["kl"]
     assert fall >= falls and trained["kl"] <= OF_RTN * rtn["kl"] and trained["top1"] >= gptq["top1"]
-    bound = "not measured"
-    if (control := arms.get("control")) is not None:
-        assert (control["steps"], control["lr"]) == (steps, plain_rate)
-        bound = f"{1 - control['kl'] / gptq['kl']:.0%}"
+    control = arms["control"]
+    assert (control["steps"], control["lr"]) == (steps, plain_rate)
+    bound = f"{1 - control['kl'] / gptq['kl']:.0%}"
     kl = " | ".join(f"{arm['kl']:.5f}" for arm in (rtn, gptq, trained))
     row = f"| {spec} | {steps} | {rate:g} | {kl} | {fall:.0%} | {bound} | {gptq['top1']:.1%} -> {trained['top1']:.1%} |"
     assert row in (ROOT / "docs" / "distill.md").read_text(), row
