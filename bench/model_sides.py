@@ -215,8 +215,15 @@ def load_sides(
     def models(where: str | Path, spec: QuantSpec | None, found: Probe, lender: Model | None) -> dict[str, Model]:
         dtypes = {phase: found.fastest(phase) for phase in PHASES}
         layers = config.layers if str(where) == str(source) else layers_of(source, where, config)
-        options["layers"] = layers
-        decode = load(where, spec=spec, dtype=dtypes["decode"], impl=impl if spec else None, share=lender, **options)
+        decode = load(
+            where,
+            spec=spec,
+            dtype=dtypes["decode"],
+            impl=impl if spec else None,
+            share=lender,
+            layers=layers,
+            **options,
+        )
         prefill = decode.with_dtype(dtypes["prefill"])
         # Single 16-bit rows (a variant's head too) go the way that was faster for the baseline.
         return {"prefill": prefill, "decode": replace(decode, mv=decode.dtype in first.mv)}

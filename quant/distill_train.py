@@ -28,7 +28,9 @@ BETAS, CLIP = (0.9, 0.95), 1.0
 
 
 class Diverged(ArithmeticError):
-    """A loss or a gradient is no number any more; the last good state is kept."""
+    """A loss or a gradient is no number any more; the last good state is kept. Exit code 1."""
+
+    code = 1
 
 
 class Data(Protocol):

@@ -93,9 +93,7 @@ class Pair:
         if leaf != "weight" or module not in self.specs:
             return self.made.read(name)
         shape = self.source.info(name).shape
-        parts = compressed_tensors.plan((shape[0], shape[1]), self.specs[module], self.found.dtype)
-        tensors = {suffix: self.made.read(f"{module}.{suffix}") for suffix in parts}
-        return compressed_tensors.read(tensors, self.specs[module], (shape[0], shape[1]), module)
+        return read_module(self.made, module, (shape[0], shape[1]), self.specs[module], self.found.dtype)
 
     @property
     def parameters(self) -> int:
@@ -107,6 +105,14 @@ class Pair:
         """The spec of most modules: it says which thresholds judge the model."""
         found = list(self.specs.values())
         return max(dict.fromkeys(found), key=found.count) if found else None
+
+
+def read_module(
+    made: Checkpoint, module: str, shape: tuple[int, int], spec: QuantSpec, dtype: torch.dtype
+) -> QuantTensor:
+    """Codes and scales of a quantised module [N, K]; dtype: of the model's 16-bit tensors."""
+    parts = {suffix: made.read(f"{module}.{suffix}") for suffix in compressed_tensors.plan(shape, spec, dtype)}
+    return compressed_tensors.read(parts, spec, shape, module)
 
 
 def specs_of(made: Checkpoint) -> dict[str, QuantSpec]:

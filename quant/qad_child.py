@@ -23,7 +23,7 @@ from ..formats.spec import FormatError, QuantSpec
 from ..formats.tensor import QuantTensor
 from ..formats.writer import Writer
 from . import blocks, preflight, quantize, report, walk
-from .pair import specs_of
+from .pair import read_module, specs_of
 from .progress import Callback
 from .qad import FakeLinear, whole
 from .recipe import Recipe
@@ -108,7 +108,7 @@ def opened(folder: Path, wish: Wish) -> Qad:
             spec=str(spec),
             method="gptq",
             calibration=text,
-            samples=wish.samples or 256,
+            samples=wish.samples,
             seq_len=wish.seq_len,
             verify="none",
         )
@@ -200,10 +200,7 @@ def load(qad: Qad, made: Checkpoint) -> Any:
 
 def read(qad: Qad, made: Checkpoint, linear: walk.Linear) -> QuantTensor:
     """Codes and scales of one module."""
-    spec = qad.specs[linear.name]
-    suffixes = compressed_tensors.plan(linear.shape, spec, qad.found.dtype)
-    parts = {suffix: made.read(f"{linear.name}.{suffix}") for suffix in suffixes}
-    return compressed_tensors.read(parts, spec, linear.shape, linear.name)
+    return read_module(made, linear.name, linear.shape, qad.specs[linear.name], qad.found.dtype)
 
 
 def write(qad: Qad, made: Checkpoint, model: Any, out: Path | None) -> None:

@@ -83,6 +83,11 @@ class Stage:
     teachers: tuple[str, ...] = ()
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether its child is."""
+        return self.kind == "quantize" or (self.kind == "distill" and self.wish.quantised)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: all that its result depends on but for its inputs."""
         wish = self.wish
@@ -304,7 +309,7 @@ class _Parser:
             raise RecipeError(f"{where}.teacher is missing; say {SOURCE}, an earlier stage, or a folder")
         given = tree["teacher"] if isinstance(tree["teacher"], list) else [tree["teacher"]]
         teachers = tuple(self._teacher(one, where) for one in given)
-        coded = any(s.kind == "quantize" or getattr(s.wish, "quantised", False) for s in self.stages)
+        coded = any(s.quantised for s in self.stages)
         if values.get("qad") is not None and not coded and "calibration" not in values:  # GPTQ makes the codes first
             text = self._calibration(None, where)
             values |= {"calibration": text.source, "samples": values.get("samples", text.samples)}
@@ -320,7 +325,7 @@ class _Parser:
 
     def _verify(self, tree: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
         fields.only(tree, ("level",), where)
-        if not any(s.kind == "quantize" or getattr(s.wish, "quantised", False) for s in self.stages):
+        if not any(s.quantised for s in self.stages):
             raise RecipeError(f"{where}: there is nothing quantised to open yet; put it behind quantize")
         level = fields.choice(tree.get("level", self.check.level), f"{where}.level", LEVELS)
         _needs_text(level, self.check.text, f"{where}.level")

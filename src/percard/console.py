@@ -28,7 +28,7 @@ DONE, ERROR, BAD_INPUT, REFUSED, GATE_RED, CUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 
 
 _PLAIN_EVERY_S = 5.0
 # By name: the floors that raise them are not imported to print an error.
-_REFUSALS = ("Refused", "NotComparable", "Cut")
+_REFUSALS = ("Refused", "NotComparable", "Cut", "Diverged")  # with exit codes of their own
 
 
 def plain_data(value: Any) -> Any:
@@ -211,8 +211,6 @@ def describe(error: BaseException) -> tuple[int, str]:
         return ERROR, f"out of memory ({error}); close other programs or use a machine with more"
     if isinstance(error, ValueError | NotImplementedError) and str(error):
         return BAD_INPUT, str(error)
-    if type(error).__name__ == "Diverged":
-        return ERROR, str(error)
     hint = "set PERCARD_TRACEBACK=1 to see where, and please report it"
     return ERROR, f"unexpected {type(error).__name__}: {error}; {hint}"
 

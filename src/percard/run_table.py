@@ -317,7 +317,7 @@ class Speed:
 
 def time_children(work: Work, step: Step, path: Path) -> None:
     """Times children against the model in FP16 (bench/model.py); what is in `path` already is not timed again."""
-    from .bench import model, quality
+    from .bench import model, model_sides, quality
 
     wish = dict(step.stage.wish)
     of, head, _ = (wish.pop(name) for name in ("of", "head", "gate"))
@@ -330,7 +330,8 @@ def time_children(work: Work, step: Step, path: Path) -> None:
         fields = {f.name: found[f.name] for f in dataclasses.fields(quality.Quality)}
         base = quality.reference_section(quality.Quality(**fields), work.source.name)
         work.say(f"timing {name} against {work.source.name} in FP16")
-        gates = _Gates(section, base)
+        _, specs, _ = model_sides.sources(folder, [], work.source)
+        gates = {model_sides.BASELINE: base, str(specs[0]) if specs else model_sides.CHILD: section}
         model.run(
             folder,
             plan=model.Plan(**wish, head=head, energy=False),
@@ -340,17 +341,6 @@ def time_children(work: Work, step: Step, path: Path) -> None:
             progress=work.say,
             command=f"percard run, stage {step.stage.name}",
         )
-
-
-class _Gates(dict[str, Mapping[str, Any]]):
-    """The section of the one child for whatever spec it has."""
-
-    def __init__(self, child: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-        super().__init__(baseline=baseline)
-        self._child = child
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, self._child)
 
 
 def _children(work: Work, step: Step, of: str) -> list[str]:
